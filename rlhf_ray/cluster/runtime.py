@@ -1,0 +1,74 @@
+"""Ray: start a private one or join a cluster, and leave nothing behind."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from rlhf_ray.config.schema import ClusterConfig, Config
+from rlhf_ray.core.layout import NodeResources
+from rlhf_ray.errors import UserError
+
+
+def roles_cpus(cfg: Config) -> int:
+    """CPU slots that all roles together ask for, rounded up."""
+    r = cfg.roles
+    total = (
+        r.generator.replicas * r.generator.cpus + r.reward.replicas * r.reward.cpus
+        + r.reference.replicas * r.reference.cpus + r.policy.ranks * r.policy.cpus + r.critic.ranks * r.critic.cpus
+    )
+    return int(max(total, r.supervised.ranks * r.supervised.cpus, r.generator.replicas * r.generator.cpus) + 0.999)
+
+
+@contextmanager
+def session(cfg: Config) -> Iterator[None]:
+    """Ray for the duration of a stage; inside another session (a pipeline) that one is used.
+
+    A private Ray ends with the session, and every process of it. In a cluster only our own actors end.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _connect(cfg.cluster, cfg)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(cluster: ClusterConfig, cfg: Config) -> None:
+    if cluster.address != "local":
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+        except ConnectionError as error:
+            raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there; start one with "
+                            "`ray start --head`, or set cluster.address=local") from error
+        return
+    # A private Ray serves this run alone, on loopback: nobody else has its address, so it needs no token.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, roles_cpus(cfg)),
+        object_store_memory=int(cluster.object_store_gib * 2**30),
+        include_dashboard=cluster.dashboard,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level="WARNING",
+        _system_config={"prestart_worker_first_driver": False},
+    )
+
+
+def nodes() -> list[NodeResources]:
+    """Every living node and what it offers in all."""
+    return [
+        NodeResources(
+            name=node["NodeManagerHostname"],
+            cpus=float(node["Resources"].get("CPU", 0)),
+            gpus=float(node["Resources"].get("GPU", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

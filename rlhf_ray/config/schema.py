@@ -1,0 +1,252 @@
+"""Every option of rlhf-ray: a typed field with its default, meaning, unit and legal range.
+
+This is the only place where a default is written. `conf/` holds choices and recipes on top of it;
+`rlhf_ray.config.load` composes the two and checks the result. Imports nothing but the standard library.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "???"  # Hydra's marker of a value that the user must give
+STAGES = ("pretrain", "sft", "compare", "rm", "ppo", "eval")  # in the order in which `pipeline` runs them
+
+
+def opt(default: Any, help: str, **limits: Any) -> Any:
+    """A documented field. `limits`: any of ge, gt, le, lt (numbers), choices (a tuple; of lists: of entries)."""
+    metadata = {"help": help, **limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    path: str = opt(MISSING, "base model: a Hugging Face directory or hub name; every stage starts from it")
+    dtype: str = opt("float32", "parameters and activations of every role", choices=("float32", "bfloat16"))
+    attn_implementation: str = opt(
+        "sdpa", "attention kernel of the training and scoring roles", choices=("sdpa", "flash_attention_2")
+    )
+    gradient_checkpointing: bool = opt(False, "recompute activations in the backward pass to save memory")
+    max_length: int = opt(256, "context: prompt plus response, tokens", ge=8)
+
+
+@dataclass
+class DataConfig:
+    source: str = opt("files", "`reviews`: the embedded movie reviews; `files`: the paths below",
+                      choices=("reviews", "files"))
+    demonstrations: str | None = opt(None, "SFT data: .jsonl/.parquet path or hf://NAME[:SPLIT]")
+    comparisons: str | None = opt(None, "human rankings: .jsonl/.parquet path or hf://NAME[:SPLIT]")
+    compare_prompts: str | None = opt(None, "prompts answered by the SFT policy for ranking: path or hf://")
+    ppo_prompts: str | None = opt(None, "prompts of the PPO stage: path or hf://")
+    eval_prompts: str | None = opt(None, "held-out prompts of the eval stage: path or hf://")
+    texts: str | None = opt(None, "plain text for pretrain and ptx mixing: .txt/.jsonl/.parquet path or hf://")
+    eval_texts: str | None = opt(None, "held-out plain text for the alignment tax: path or hf://")
+    template: str = opt("chat", "how a prompt becomes text: the tokenizer's chat template, Alpaca's "
+                        "published form, or the prompt as it is", choices=("chat", "alpaca", "none"))
+    max_prompt_tokens: int = opt(64, "longer prompts are dropped and counted, tokens", ge=1)
+    split_seed: int = opt(0, "seed of the split of the embedded reviews by document", ge=0)
+
+
+@dataclass
+class ClusterConfig:
+    address: str = opt("local", "`local` starts a private Ray on this machine; `auto` or host:port joins a "
+                       "cluster")
+    num_cpus: int | None = opt(None, "CPU slots a local Ray offers (null: what the roles ask for; they are "
+                               "shares of the machine, not cores)", ge=1)
+    object_store_gib: float = opt(0.5, "object store of a local Ray, GiB", gt=0)
+    placement: str = opt("separate", "`separate`: each role on resources of its own; `colocated`: generator "
+                         "i shares the device of policy rank i", choices=("separate", "colocated"))
+    strategy: str = opt("PACK", "Ray placement strategy of a role's bundles",
+                        choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
+    dashboard: bool = opt(False, "serve Ray's dashboard (loopback) from a local Ray")
+    start_timeout_s: float = opt(300.0, "deadline for resources and for each role to start, seconds", gt=0)
+    call_timeout_s: float = opt(1800.0, "deadline of any single remote call, seconds", gt=0)
+
+
+@dataclass
+class GeneratorConfig:
+    replicas: int = opt(1, "vLLM engines", ge=1)
+    tensor_parallel_size: int = opt(1, "devices per engine", ge=1)
+    cpus: float = opt(1.0, "Ray CPU slots per engine", ge=0)
+    gpus: float = opt(0.0, "GPUs per device of an engine", ge=0, le=1)
+    threads: int = opt(2, "OpenMP threads per engine on CPU", ge=1)
+    kv_cache_gib: float = opt(0.25, "KV cache of an engine on CPU, GiB", gt=0)
+    gpu_memory_utilization: float = opt(0.85, "share of GPU memory vLLM may take", gt=0, le=1)
+    max_num_seqs: int = opt(128, "sequences decoded together", ge=1)
+    enforce_eager: bool = opt(True, "no graph capture or compilation in vLLM")
+    shard_size: int = opt(32, "rollouts per object-store shard; scoring starts as shards arrive", ge=1)
+
+
+@dataclass
+class ScorerConfig:
+    replicas: int = opt(1, "actors of this role", ge=1)
+    cpus: float = opt(1.0, "Ray CPU slots per actor", ge=0)
+    gpus: float = opt(0.0, "GPUs per actor", ge=0, le=1)
+    threads: int = opt(1, "torch threads per actor on CPU", ge=1)
+    micro_batch_tokens: int = opt(4096, "tokens per forward pass", ge=16)
+
+
+@dataclass
+class LearnerConfig:
+    ranks: int = opt(1, "DeepSpeed ZeRO-3 ranks", ge=1)
+    cpus: float = opt(1.0, "Ray CPU slots per rank", ge=0)
+    gpus: float = opt(0.0, "GPUs per rank", ge=0, le=1)
+    threads: int = opt(1, "torch threads per rank on CPU", ge=1)
+    micro_batch_tokens: int = opt(4096, "tokens per forward and backward pass", ge=16)
+    param_persistence_threshold: int = opt(100_000, "ZeRO-3 keeps smaller parameters whole on every rank, "
+                                           "elements", ge=0)
+    offload_optimizer: bool = opt(False, "keep optimizer state in host memory")
+
+
+@dataclass
+class RolesConfig:
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    reward: ScorerConfig = field(default_factory=ScorerConfig)
+    reference: ScorerConfig = field(default_factory=ScorerConfig)
+    policy: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: LearnerConfig = field(default_factory=LearnerConfig)
+    supervised: LearnerConfig = field(default_factory=LearnerConfig)
+
+
+@dataclass
+class WeightSyncConfig:
+    backend: str = opt("auto", "wire from learner to generators: gloo (CPU), nccl (separate GPUs), "
+                       "ipc (shared GPU); auto takes it from the layout",
+                       choices=("auto", "gloo", "nccl", "ipc"))
+    bucket_mib: float = opt(64.0, "weights are sent in packed buckets of this size, MiB", gt=0)
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = opt(1e-4, "peak learning rate", gt=0)
+    weight_decay: float = opt(0.0, "AdamW weight decay", ge=0)
+    beta1: float = opt(0.9, "AdamW beta 1", ge=0, lt=1)
+    beta2: float = opt(0.95, "AdamW beta 2", ge=0, lt=1)
+    eps: float = opt(1e-8, "AdamW epsilon", gt=0)
+    max_grad_norm: float = opt(1.0, "gradient norm is clipped to this once per optimizer step", gt=0)
+    warmup_ratio: float = opt(0.03, "share of optimizer steps with rising learning rate", ge=0, le=1)
+    schedule: str = opt("cosine", "learning rate after warm-up", choices=("cosine", "linear", "constant"))
+    min_lr_ratio: float = opt(0.1, "final learning rate as a share of the peak", ge=0, le=1)
+
+
+@dataclass
+class PretrainConfig:
+    init: str = opt("scratch", "`scratch`: a new Llama and byte-level BPE; `model`: go on from model.path",
+                    choices=("scratch", "model"))
+    vocab_size: int = opt(4096, "byte-level BPE vocabulary, special tokens included", ge=300)
+    hidden_size: int = opt(256, "width of a new model", ge=32)
+    num_layers: int = opt(4, "layers of a new model", ge=1)
+    num_heads: int = opt(4, "attention heads of a new model", ge=1)
+    intermediate_size: int = opt(688, "MLP width of a new model", ge=32)
+    block_length: int = opt(256, "tokens per training block", ge=16)
+    batch_blocks: int = opt(32, "blocks per optimizer step", ge=1)
+    epochs: float = opt(1.0, "passes over the text", gt=0)
+    autocast: bool = opt(True, "bfloat16 autocast in the forward pass; parameters stay float32")
+    save_dtype: str = opt("bfloat16", "dtype of the saved weights", choices=("float32", "bfloat16"))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class SFTConfig:
+    epochs: int = opt(1, "passes over the demonstrations", ge=1)
+    batch_size: int = opt(32, "demonstrations per optimizer step", ge=1)
+    val_fraction: float = opt(0.05, "share of demonstrations held out for the validation loss", gt=0, lt=1)
+    dropout: float = opt(0.0, "attention dropout during SFT", ge=0, lt=1)
+    max_examples: int | None = opt(None, "use at most this many demonstrations (null: all)", ge=2)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class CompareConfig:
+    prompts: int = opt(1000, "prompts to answer and rank", ge=2)
+    responses_per_prompt: int = opt(4, "K: responses ranked per prompt", ge=4, le=9)
+    temperature: float = opt(1.0, "sampling temperature", gt=0)
+    max_response_tokens: int = opt(48, "longest response, tokens", ge=1)
+    ranker: str = opt("simulated", "`simulated`: a noisy sentiment labeler; `file`: data.comparisons",
+                      choices=("simulated", "file"))
+    labeler_scale: float = opt(1.0, "Bradley-Terry utility per unit of the labeler's log-odds; larger is less "
+                               "noisy", gt=0)
+
+
+@dataclass
+class RMConfig:
+    epochs: int = opt(1, "passes over the comparisons", ge=1)
+    prompts_per_batch: int = opt(64, "prompts, each with all its K responses, per optimizer step", ge=1)
+    val_fraction: float = opt(0.15, "share of prompts held out for validation", gt=0, lt=1)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class RolloutConfig:
+    prompts_per_step: int = opt(128, "prompts per PPO iteration", ge=1)
+    samples_per_prompt: int = opt(1, "responses per prompt", ge=1)
+    temperature: float = opt(1.0, "sampling temperature; divides the logits in every pass", gt=0)
+    max_response_tokens: int = opt(48, "longest response, tokens", ge=1)
+
+
+@dataclass
+class AlgorithmConfig:
+    kl_coef: float = opt(0.02, "beta: per-token KL penalty in the reward", ge=0)
+    clip_ratio: float = opt(0.2, "PPO clip range of the policy ratio", gt=0, lt=1)
+    value_clip: float = opt(0.2, "clip range of the value around its old prediction", gt=0)
+    gamma: float = opt(1.0, "discount", gt=0, le=1)
+    lam: float = opt(0.95, "GAE lambda", ge=0, le=1)
+    ppo_epochs: int = opt(1, "passes over each batch", ge=1)
+    minibatch_size: int = opt(64, "rollouts per optimizer step", ge=1)
+    whiten_advantages: bool = opt(True, "normalise advantages over the whole batch and all ranks")
+    ptx_coef: float = opt(0.0, "weight of the pre-training loss in the policy's optimizer step; 0 turns ptx off",
+                          ge=0)
+    ptx_blocks: int = opt(16, "text blocks of model.max_length tokens per optimizer step", ge=1)
+    ema_decay: float = opt(0.0, "decay of the exponential moving average of policy weights per iteration; "
+                           "0 turns it off, else the average is what is saved", ge=0, lt=1)
+    truncation_penalty: float | None = opt(None, "score given to a response cut at max_response_tokens "
+                                           "(null: its score as it is)")
+
+
+@dataclass
+class PPOConfig:
+    iterations: int = opt(40, "PPO iterations", ge=1)
+    critic_warmup_iterations: int = opt(0, "first iterations that update only the critic", ge=0)
+    policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class EvalConfig:
+    prompts: int = opt(512, "held-out prompts", ge=2)
+    temperature: float = opt(1.0, "sampling temperature", gt=0)
+    tie_margin: float = opt(0.1, "responses closer than this in the judge's log-odds are a tie", ge=0)
+    bootstrap_samples: int = opt(10_000, "resamples of the confidence interval over prompts", ge=100)
+    table_samples: int = opt(12, "before-and-after samples in the report", ge=0)
+    loss_blocks: int = opt(256, "held-out text blocks for the alignment tax", ge=1)
+    baselines: list[str] = opt(["base", "sft"], "models that the PPO policy is compared with",  # noqa: RUF009 - opt makes a field
+                               choices=("base", "sft"))
+
+
+@dataclass
+class LoggingConfig:
+    wandb: str = opt("disabled", "wandb mode", choices=("disabled", "offline", "online"))
+    wandb_project: str = opt("rlhf_ray", "wandb project")
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run. Stage outputs live in `<output_dir>/<stage>/`."""
+
+    output_dir: str = opt("outputs/run", "directory of the run")
+    seed: int = opt(0, "seed of everything random", ge=0)
+    stages: list[str] = opt(list(STAGES), "what `pipeline` runs, in order", choices=STAGES)  # noqa: RUF009 - opt makes a field
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    rm: RMConfig = field(default_factory=RMConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,150 @@
+"""The losses. Each is a sum over this micro-batch divided by the denominator of the whole optimizer window.
+
+The denominator counts the tokens (or prompts) of all micro-batches of all ranks, and the caller gives it. So
+losses and gradients of micro-batches and ranks add up to those of one big batch: an update depends neither on
+the micro-batch size, nor on accumulation, nor on the number of ranks. Whoever averages gradients over ranks,
+as DeepSpeed does, has to be undone by a factor of the world size.
+
+Per-token arguments have one common shape, [T] or [N, L]; masks are bool; entries outside the mask, NaN too,
+have no effect. Every field but `loss` is a detached scalar: a plain sum over this micro-batch, ready to be
+added up over micro-batches and ranks and divided once. A denominator <= 0 raises ValueError.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_ray.core.kl import safe_exp
+from rlhf_ray.core.masked import Moments, masked_sum
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """clip_count: tokens whose gradient the clip cut off; ratio_sum: sum of new / old probability;
+    kl_k1_sum: sum of old - new log-probability (nats), the k1 estimate of KL(old || new);
+    clamped_count: tokens whose log-ratio `safe_exp` clamped.
+    """
+
+    loss: Tensor
+    clip_count: Tensor
+    ratio_sum: Tensor
+    kl_k1_sum: Tensor
+    clamped_count: Tensor
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """clip_count: tokens whose gradient the clip cut off; squared_error_sum: sum of (value - return)^2.
+    """
+
+    loss: Tensor
+    clip_count: Tensor
+    squared_error_sum: Tensor
+
+
+@dataclass(frozen=True)
+class LMLoss:
+    """nll_sum: sum of negative log-likelihoods, nats."""
+
+    loss: Tensor
+    nll_sum: Tensor
+
+
+@dataclass(frozen=True)
+class RankingLoss:
+    """correct: pairs whose preferred response got the higher reward, plus 0.5 per pair of equal rewards;
+    pairs: all of them, without those tied in rank.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    pairs: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_ratio: float,
+    denominator: float,
+) -> PolicyLoss:
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: -min(ratio * A, clip(ratio) * A).
+
+    clip keeps the ratio exp(logprobs - old_logprobs) within 1 +- clip_ratio. logprobs are those of the policy
+    in training (with gradients); old_logprobs its own before the first update.
+    denominator: response tokens of the optimizer window.
+    """
+    # masked before exp: where(mask, inf, 0) is 0, but its gradient is NaN
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    ratio, clamped_count = safe_exp(log_ratio)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
+    return PolicyLoss(
+        loss=-masked_sum(torch.minimum(unclipped, clipped), mask) / _positive(denominator),
+        clip_count=(mask & (clipped < unclipped)).sum(),
+        ratio_sum=masked_sum(ratio.detach(), mask),
+        kl_k1_sum=-log_ratio.detach().sum(),
+        clamped_count=clamped_count,
+    )
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, value_clip: float, denominator: float
+) -> ValueLoss:
+    """0.5 * max((V - R)^2, (clip(V, old V +- value_clip) - R)^2), as PPO2 of OpenAI Baselines has it.
+
+    values are the critic's in training (with gradients); old_values its own before the first update.
+    denominator: response tokens of the optimizer window.
+    """
+    values = torch.where(mask, values, 0)  # here too: else a NaN outside the mask gets into the gradient
+    error = (values - returns).square()
+    clipped_error = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
+    return ValueLoss(
+        loss=0.5 * masked_sum(torch.maximum(error, clipped_error), mask) / _positive(denominator),
+        clip_count=(mask & (clipped_error > error)).sum(),
+        squared_error_sum=masked_sum(error.detach(), mask),
+    )
+
+
+def explained_variance(returns_moments: Moments, squared_error_sum: float) -> float:
+    """1 - mean squared error / variance of the returns: 1 is perfect, 0 no better than their mean.
+
+    NaN if the returns are all equal. Both arguments cover the same tokens, of all ranks. A constant error
+    counts as an error here, unlike in 1 - Var(R - V) / Var(R).
+    """
+    variance = returns_moments.variance
+    return 1 - squared_error_sum / returns_moments.count / variance if variance > 0 else math.nan
+
+
+def lm_loss(logprobs: Tensor, mask: Tensor, denominator: float) -> LMLoss:
+    """Negative log-likelihood. denominator: trained tokens of the optimizer window."""
+    nll = -masked_sum(logprobs, mask)
+    return LMLoss(loss=nll / _positive(denominator), nll_sum=nll.detach())
+
+
+def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor, denominator: float = 1.0) -> RankingLoss:
+    """K-wise reward-model loss, InstructGPT (Ouyang et al. 2022) eq. 1, summed over prompts.
+
+    rewards [M]: one per response; ranks int [M]: smaller is better, equal is a tie; groups int [M]: the
+    response's prompt. Per prompt with K responses here: -1 / C(K, 2) * sum of log sigmoid(r_i - r_j) over
+    pairs with rank_i < rank_j. Tied pairs are left out of the sum; the divisor stays C(K, 2), so that a
+    prompt with many ties weighs less. All K responses of a prompt must be in one call. denominator: prompts
+    of the optimizer window, or 1 to divide later.
+    """
+    same_prompt = groups[:, None] == groups[None, :]
+    better, worse = (same_prompt & (ranks[:, None] < ranks[None, :])).nonzero(as_tuple=True)
+    k = same_prompt.sum(dim=1)[better]
+    margins = rewards.float()[better] - rewards.float()[worse]
+    loss = -(logsigmoid(margins) * 2 / (k * (k - 1))).sum() / _positive(denominator)
+    correct = (margins > 0).sum() + 0.5 * (margins == 0).sum()
+    return RankingLoss(loss, correct.detach(), torch.full_like(correct, margins.numel()))
+
+
+def _positive(denominator: float) -> float:
+    if not denominator > 0:
+        raise ValueError(f"the optimizer window has a denominator of {denominator}: nothing to train on")
+    return denominator

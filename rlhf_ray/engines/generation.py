@@ -1,0 +1,118 @@
+"""vLLM inside an actor's own process: sampling with recorded seeds and log-probabilities.
+
+The only file besides `weight_sync` that imports vllm.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample: prompt token ids and the seed of its own random stream."""
+
+    prompt: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was sampled: token ids int32 [n], their log-probabilities float32 [n], cut by the length limit or not."""
+
+    index: int
+    ids: np.ndarray
+    logprobs: np.ndarray
+    truncated: bool
+
+
+def engine_environment(threads: int) -> dict[str, str]:
+    """Environment that must be set before vLLM is imported (harmless on GPUs)."""
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process: ready in seconds
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins all threads of all engines to one core
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": str(threads),
+    }
+
+
+class GenerationEngine:
+    """A vLLM engine whose weights can be replaced through vLLM's weight-transfer interface.
+
+    Sampling is neutral (no top-p, top-k, min-p or penalties), so that the log-probabilities it reports, taken
+    after temperature, are those of the distribution it sampled from.
+    """
+
+    def __init__(self, path: str, model: ModelConfig, cfg: GeneratorConfig, sync_backend: str, seed: int):
+        os.environ.update(engine_environment(cfg.threads), VLLM_CPU_KVCACHE_SPACE=str(cfg.kv_cache_gib))
+        import torch
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from rlhf_ray.engines.weight_sync import register
+
+        register()
+        if not torch.cuda.is_available():
+            torch.set_num_threads(cfg.threads)
+        self.llm: Any = LLM(
+            path, dtype=model.dtype, max_model_len=model.max_length, enforce_eager=cfg.enforce_eager,
+            tensor_parallel_size=cfg.tensor_parallel_size, max_num_seqs=cfg.max_num_seqs,
+            gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs", seed=seed,
+            distributed_executor_backend="uni" if cfg.tensor_parallel_size == 1 else "mp",
+            weight_transfer_config=WeightTransferConfig(backend=sync_backend), disable_log_stats=True,
+            # A model and its tokenizer decide how to sample; a generation_config.json must not.
+            generation_config="vllm",
+        )
+        self.version = 0
+        self._requests = 0
+
+    def sample(self, requests: Sequence[Request], temperature: float, max_tokens: int) -> Iterator[Response]:
+        """Sample all; responses come as they finish, `index` says which request each answers."""
+        from vllm import SamplingParams
+
+        engine, numbers = self.llm.llm_engine, {}
+        for i, request in enumerate(requests):
+            self._requests += 1
+            params = SamplingParams(
+                temperature=temperature, max_tokens=max_tokens, seed=request.seed, logprobs=0, flat_logprobs=True,
+                detokenize=False,
+            )
+            name = str(self._requests)
+            numbers[name] = i
+            engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                answer = output.outputs[0]
+                yield Response(
+                    index=numbers.pop(output.request_id),
+                    ids=np.asarray(answer.token_ids, dtype=np.int32),
+                    logprobs=np.asarray(answer.logprobs.logprobs, dtype=np.float32),
+                    truncated=answer.finish_reason == "length",
+                )
+
+    # -- weight transfer, driven by the learners' rank 0 --------------------------------------------------------
+
+    def init_weight_transfer(self, payload: dict[str, Any]) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": payload})
+
+    def start_weight_update(self) -> None:
+        self.llm.start_weight_update()
+
+    def update_weights(self, payload: Any) -> None:
+        self.llm.update_weights({"update_info": payload})
+
+    def finish_weight_update(self, version: int) -> None:
+        """The new weights are whole: forget what the old ones computed, and say whose they are."""
+        self.llm.finish_weight_update(str(version))
+        self.llm.reset_prefix_cache()
+        self.version = version
+
+

@@ -1,0 +1,236 @@
+"""One rank of a DeepSpeed ZeRO-3 learner. The only file that imports deepspeed.
+
+What every rank must do alike, or all wait for ever: the same number of forward passes, backward passes and
+gathers. `Learner` sees to it: ranks agree on the number of micro-batches, and a rank that has fewer computes
+an empty one with weight 0.
+
+Losses are *sums divided by the denominator of the whole optimizer window* (all micro-batches, all ranks), so
+the update depends neither on the micro-batch size nor on the number of ranks. DeepSpeed averages gradients
+over ranks; the loss is multiplied by the world size to undo that.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
+from rlhf_ray.core.ragged import PackedRows, one_token_rows
+from rlhf_ray.core.schedule import lr_scale
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Who this process is in its learner group, and where the group meets."""
+
+    rank: int
+    world_size: int
+    master_address: str
+    master_port: int
+
+
+def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
+    """Join the learner group (gloo on CPU, NCCL on GPUs) and return this rank's device."""
+    cuda = torch.cuda.is_available()
+    os.environ.update(
+        RANK=str(where.rank), WORLD_SIZE=str(where.world_size), LOCAL_RANK="0",
+        MASTER_ADDR=where.master_address, MASTER_PORT=str(where.master_port),
+    )
+    if not cuda:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(threads)
+    import deepspeed
+
+    # DeepSpeed would compile its shared-memory collectives with g++ on the first run of every machine, a minute
+    # or more; gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.logger.setLevel("WARNING")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str) -> dict:
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": cfg.param_persistence_threshold,
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    if cfg.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a formality: batches are ragged, and `step` counts them itself
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "wall_clock_breakdown": False,
+    }
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rectangle and the loss to compute on it, already divided by the window's denominator."""
+
+    rows: PackedRows
+    loss: Callable[[PackedRows], Tensor]
+
+
+class Learner:
+    """Trains `module` on packed micro-batches; every method but `rank` is collective over the group.
+
+    `total_steps` is the number of optimizer steps of the whole run: the learning-rate schedule counts those.
+    """
+
+    def __init__(
+        self, module: nn.Module, cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, total_steps: int,
+        device: torch.device,
+    ):
+        import deepspeed
+
+        self.cfg, self.optimizer_cfg, self.total_steps = cfg, optimizer, total_steps
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.steps_done = 0
+        self.skipped_steps = 0
+        module.to(device)
+        adamw = torch.optim.AdamW(
+            [
+                {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
+                {"params": [p for p in module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=adamw, config=_deepspeed_config(cfg, optimizer, dtype), dist_init_required=False
+        )
+        self.module: nn.Module = self.engine.module
+        self.device = device
+
+    # -- collectives on numbers ------------------------------------------------------------------------------
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Sums of the numbers over all ranks, in float64."""
+        return self._reduce(numbers, dist.ReduceOp.SUM)
+
+    def max(self, number: float) -> float:
+        return self._reduce([number], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, numbers: Sequence[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        values = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values, op=op)
+        return [float(v) for v in values]
+
+    # -- passes ----------------------------------------------------------------------------------------------
+
+    def forward(self, batches: Sequence[PackedRows], pass_: Callable[[PackedRows], Tensor]) -> list[Tensor]:
+        """`pass_` on every rectangle, without gradients and without dropout; the outputs on the CPU, in order."""
+        self.engine.eval()
+        count = int(self.max(len(batches)))
+        outputs = []
+        with torch.no_grad():
+            for i in range(count):
+                rows = batches[i] if i < len(batches) else one_token_rows()
+                outputs.append(pass_(rows.to(self.device)).cpu())
+        return outputs[: len(batches)]
+
+    def step(self, batches: Sequence[MicroBatch], dropout: bool = False) -> dict[str, float]:
+        """One optimizer step on the sum of the losses of all micro-batches of all ranks.
+
+        Returns grad_norm (before clipping), lr, and skipped (1.0 if the loss was not finite on some rank; then
+        all ranks leave the weights alone together).
+        """
+        self.engine.train(dropout)
+        count = max(1, int(self.max(len(batches))))
+        finite = 1.0
+        for i in range(count):
+            self.engine.set_gradient_accumulation_boundary(i == count - 1)
+            batch = batches[i] if i < len(batches) else self._nothing
+            loss = batch.loss(batch.rows.to(self.device))
+            if not torch.isfinite(loss):
+                finite, loss = 0.0, torch.nan_to_num(loss * 0.0)
+            self.engine.backward(loss * self.world_size)
+        lr = self.optimizer_cfg.lr * lr_scale(
+            self.steps_done, self.total_steps, self.optimizer_cfg.warmup_ratio, self.optimizer_cfg.schedule,
+            self.optimizer_cfg.min_lr_ratio,
+        )
+        skip = self.sum(finite)[0] < self.world_size
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = 0.0 if skip else lr
+        self.engine.step()
+        self.steps_done += 1
+        self.skipped_steps += skip
+        return {"grad_norm": float(self.engine.get_global_grad_norm() or 0.0), "lr": lr, "skipped": float(skip)}
+
+    @property
+    def _nothing(self) -> MicroBatch:
+        def loss(rows: PackedRows) -> Tensor:
+            return 0.0 * self.any_output(rows).sum()
+
+        return MicroBatch(one_token_rows(), loss)
+
+    def any_output(self, rows: PackedRows) -> Tensor:
+        """A forward pass like the others, whatever the kind of module."""
+        from rlhf_ray.models.modules import CausalLM
+
+        if isinstance(self.module, CausalLM):
+            return self.engine(rows.ids, rows.positions, torch.ones_like(rows.ids, dtype=torch.bool), 1.0)[0]
+        return self.engine(rows.ids, rows.positions)
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name as Hugging Face has it, dtype, whole shape) of every parameter, without a gather."""
+        return [
+            (_hub_name(name), p.dtype, tuple(getattr(p, "ds_shape", p.shape)))
+            for name, p in self.module.named_parameters()
+        ]
+
+    def weights(self, bucket_bytes: int = 64 << 20) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every parameter, gathered a bucket at a time; valid until the next one is drawn.
+
+        Tied parameters come once. All ranks must draw all of it.
+        """
+        import deepspeed
+
+        for bucket in _buckets(list(self.module.named_parameters()), bucket_bytes):
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
+                for name, p in bucket:
+                    yield _hub_name(name), p.data
+
+
+def _hub_name(name: str) -> str:
+    return name.removeprefix("model.")  # our wrappers hold the Hugging Face model as `.model`
+
+
+def _buckets(
+    parameters: Iterable[tuple[str, nn.Parameter]], limit: int
+) -> Iterator[list[tuple[str, nn.Parameter]]]:
+    bucket: list[tuple[str, nn.Parameter]] = []
+    size = 0
+    for name, p in parameters:
+        if bucket and size + p.ds_numel * p.element_size() > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, p))
+        size += p.ds_numel * p.element_size()
+    if bucket:
+        yield bucket
+
+

@@ -1,0 +1,90 @@
+"""Peak resident memory of a run, over all its processes."""
+
+import os
+import threading
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+GIB = 2**30
+
+
+class RssSampler:
+    """Samples the resident memory of this process, of the pids given to `watch`, and of all their descendants.
+
+    A context manager with a background thread. Ray's processes need not be our children: `watch` the raylet's
+    or the actors' pids. A process found by two ways counts once. The sum is of resident set sizes (as in `ps`),
+    so pages shared between processes, such as mapped libraries and the object store, count once for each: it
+    is an upper bound of the memory really taken. A peak shorter than `interval` seconds can go unseen.
+    """
+
+    def __init__(self, interval: float = 0.5) -> None:
+        self.interval = interval
+        self._peak = 0
+        self._roots = [psutil.Process(os.getpid())]
+        self._lock = threading.Lock()  # `sample` may be called by the thread and by the owner
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def peak_gib(self) -> float:
+        """The highest sum seen so far, GiB."""
+        return self._peak / GIB
+
+    def watch(self, pid: int) -> None:
+        """Also count process `pid` of this machine and its descendants; one that is gone is ignored."""
+        try:
+            root = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            return
+        with self._lock:
+            self._roots.append(root)
+
+    def sample(self) -> float:
+        """Measure once, now. Returns the sum, GiB."""
+        with self._lock:
+            total = sum(_rss(process) for process in _with_descendants(self._roots))
+            self._peak = max(self._peak, total)
+        return total / GIB
+
+    def __enter__(self) -> Self:
+        self.sample()
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._run, name="rss-sampler", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.sample()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.interval):
+            self.sample()
+
+
+def _with_descendants(roots: list[psutil.Process]) -> list[psutil.Process]:
+    """The living roots and everything below them, each once; one pass over the process table for all roots."""
+    children: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter(["ppid"]):
+        children.setdefault(process.info["ppid"], []).append(process)
+    found: dict[int, psutil.Process] = {}
+    left = [root for root in roots if root.is_running()]  # False too where another process got the pid since
+    while left:
+        process = left.pop()
+        if process.pid not in found:
+            found[process.pid] = process
+            left.extend(children.get(process.pid, []))
+    return list(found.values())
+
+
+def _rss(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.Error:  # it ended between being found and being measured
+        return 0

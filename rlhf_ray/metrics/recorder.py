@@ -1,0 +1,98 @@
+"""Where the numbers of a PPO iteration go: metrics.jsonl, one line on the console, and wandb if asked for."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rlhf_ray.metrics.progress import console
+
+FILE_NAME = "metrics.jsonl"
+# (key, label on the console, format)
+_SHOWN = (
+    ("score", "score", ".2f"),
+    ("judge_score", "judge", ".2f"),
+    ("kl_per_sequence", "kl", ".1f"),
+    ("entropy", "entropy", ".1f"),
+    ("response_length", "len", ".0f"),
+    ("clip_fraction", "clip", ".0%"),
+)
+
+
+class Recorder:
+    """Appends to `<run_dir>/metrics.jsonl`, prints, and forwards to wandb.
+
+    wandb_mode: disabled, offline or online; wandb is imported only where it is not disabled. config: the run's
+    configuration, which wandb keeps; its `ppo.iterations` is the total on the console line.
+    """
+
+    def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._total: int | None = (config.get("ppo") or {}).get("iterations")
+        self._file = (run_dir / FILE_NAME).open("a", encoding="utf-8")
+        self._wandb: Any = None
+        if wandb_mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(project=project, mode=wandb_mode, dir=str(run_dir), config=config)
+
+    def log(self, iteration: int, values: dict[str, Any]) -> None:
+        """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase.
+
+        The line is on disk when this returns. JSON has no NaN or infinity: they are written as null.
+        """
+        self._file.write(json.dumps(_plain({"iteration": iteration, **values}), allow_nan=False) + "\n")
+        self._file.flush()
+        console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
+        if self._wandb is not None:
+            self._wandb.log(values, step=iteration)
+
+    def close(self) -> None:
+        """Close the file and finish the wandb run; a second call does nothing."""
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def console_line(iteration: int, total: int | None, values: Mapping[str, Any]) -> str:
+    """One iteration for a person: `ppo 12/40  score 0.61  kl 6.3  clip 4%  5.2 s (rollout 1.1 update 2.8)`.
+
+    What `values` lacks is left out; times are in seconds.
+    """
+    parts = [f"ppo {iteration}" if total is None else f"ppo {iteration:>{len(str(total))}}/{total}"]
+    parts += [f"{label} {values[key]:{form}}" for key, label, form in _SHOWN if values.get(key) is not None]
+    seconds: Mapping[str, float] = values.get("seconds") or {}
+    if seconds:
+        phases = " ".join(f"{name.removeprefix('weight_')} {s:.1f}" for name, s in seconds.items())
+        parts.append(f"{sum(seconds.values()):.1f} s ({phases})")
+    return "  ".join(parts)
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `<run_dir>/metrics.jsonl`, oldest first; empty where there is none."""
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's, non-finite ones as None, through dicts and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,101 @@
+"""Loading and saving Hugging Face models and tokenizers."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.errors import UserError
+
+SCORE_SHIFT = "score_shift"  # in config.json: subtracted from the scalar head's output (InstructGPT 3.5, reward bias)
+
+
+def _found(path: str) -> str:
+    """A local directory must hold a model; anything else is a hub name, left to transformers."""
+    if (path.startswith((".", "/", "~")) or Path(path).exists()) and not (Path(path) / "config.json").is_file():
+        raise UserError(f"no model in {path!r}: expected a directory with config.json; set model.path or run the "
+                        "stage that makes it")
+    return path
+
+
+def _load(kind: Any, path: str, cfg: ModelConfig, **options: Any) -> nn.Module:
+    try:
+        return kind.from_pretrained(
+            _found(path), dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation, **options
+        )
+    except OSError as error:
+        raise UserError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}; set model.path to a "
+                        "Hugging Face directory or a name that this machine can download") from error
+
+
+def load_causal_lm(path: str, cfg: ModelConfig, **options: Any) -> nn.Module:
+    return _load(AutoModelForCausalLM, path, cfg, **options)
+
+
+def load_scalar_model(path: str, cfg: ModelConfig, seed: int = 0) -> nn.Module:
+    """A sequence-classification model with one output; a head that `path` lacks starts at zero.
+
+    (A zero head makes the first scores 0 for all, so that no random direction is learnt from.)
+    """
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(_found(path))
+    fresh = "ForCausalLM" in "".join(config.architectures or [])
+    model = _load(AutoModelForSequenceClassification, path, cfg, num_labels=1)
+    if fresh:
+        nn.init.zeros_(model.score.weight)
+    return model
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises UserError if there is none, or if it has no end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_found(path))
+    except OSError as error:
+        raise UserError(f"no tokenizer in {path!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer in {path!r} has no eos_token: responses could never end; set one there")
+    return tokenizer
+
+
+def score_shift(path: str) -> float:
+    """The reward bias stored with a reward model, 0.0 if none is."""
+    return float(json.loads((Path(path) / "config.json").read_text()).get(SCORE_SHIFT, 0.0))
+
+
+def context_length(path: str) -> int | None:
+    """Positions that the model was built for, if its config says so."""
+    return getattr(AutoConfig.from_pretrained(_found(path)), "max_position_embeddings", None)
+
+
+def save_model(
+    model: nn.Module, weights: Iterable[tuple[str, Tensor]], tokenizer: PreTrainedTokenizerBase, path: Path,
+    dtype: str, **config: Any,
+) -> None:
+    """Write a Hugging Face directory, whole or not at all. `config` goes into config.json."""
+    state = {name: tensor.detach().to("cpu", getattr(torch, dtype)).clone() for name, tensor in weights}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    temporary = path.with_name(path.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    from safetensors.torch import save_file
+
+    save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+    saved = model.config.to_dict() | {"dtype": dtype, "architectures": [type(model).__name__]} | config
+    (temporary / "config.json").write_text(json.dumps(saved, indent=2, default=str) + "\n")
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)

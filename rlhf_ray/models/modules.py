@@ -1,0 +1,65 @@
+"""The two kinds of network that the learners and scorers run, as thin wrappers around Hugging Face models.
+
+Both read packed rows (see `core.ragged`). DeepSpeed wraps these modules whole, so every parameter that a
+forward pass touches belongs to a child module that is *called*: that is what ZeRO-3's hooks rely on.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.core.logprobs import predictors, token_logprobs
+
+
+class LogprobHead(nn.Module):
+    """Takes the place of `lm_head`: from hidden states to log-probabilities, never holding [tokens, vocabulary]."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden, self.weight, targets, temperature)
+
+
+class CausalLM(nn.Module):
+    """A language model that answers with the log-probability of given tokens."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.model.lm_head = LogprobHead(model.get_output_embeddings().weight)
+
+    def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """ids, positions int64 [R, L]; wanted bool [R, L] -> (log-probabilities, entropies) float32 [wanted.sum()].
+
+        The entry of a token is log p(token | those before it in its sequence), logits divided by `temperature`.
+        The first token of a sequence has nothing before it: its entry is meaningless, do not want it.
+        """
+        hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return self.model.lm_head(predictors(hidden)[wanted], ids[wanted], temperature)
+
+
+class ScalarModel(nn.Module):
+    """A model with a scalar head (`score`): reward model and critic.
+
+    `shift` is subtracted from what the head says: the reward bias that was stored with the reward model.
+    """
+
+    def __init__(self, model: nn.Module, shift: float = 0.0):
+        super().__init__()
+        self.model = model
+        self.shift = shift
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids, positions int64 [R, L] -> float32 [R, L]: the head's output after reading each token."""
+        hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return self.model.score(hidden).squeeze(-1).float() - self.shift
+
+    @staticmethod
+    def values(outputs: Tensor) -> Tensor:
+        """Outputs [R, L] to values [R, L]: entry t is what was predicted before token t was chosen."""
+        return predictors(outputs.unsqueeze(-1)).squeeze(-1)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,96 @@
+"""What all stages share: where things lie, and the record that each stage leaves."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.config.load import to_yaml
+from rlhf_ray.config.schema import Config
+from rlhf_ray.metrics.memory import RssSampler
+from rlhf_ray.metrics.progress import console
+
+
+class Paths:
+    """Where the stages of a run keep what they make."""
+
+    def __init__(self, cfg: Config):
+        self.root = Path(cfg.output_dir)
+        self._pretrains = "pretrain" in cfg.stages
+        self._base = cfg.model.path
+
+    def stage(self, name: str) -> Path:
+        return self.root / name
+
+    @property
+    def base(self) -> Path:
+        """What `pretrain` writes."""
+        return self.stage("pretrain") / "model"
+
+    @property
+    def start(self) -> str:
+        """The base model that sft starts from: what pretrain made if it is among the stages, else model.path."""
+        return str(self.base) if self._pretrains else self._base
+
+    @property
+    def sft(self) -> Path:
+        return self.stage("sft") / "model"
+
+    @property
+    def comparisons(self) -> Path:
+        return self.stage("compare") / "comparisons.jsonl"
+
+    @property
+    def reward(self) -> Path:
+        return self.stage("rm") / "model"
+
+    @property
+    def policy(self) -> Path:
+        return self.stage("ppo") / "model"
+
+
+class StageRecord:
+    """The numbers that a stage leaves in `<output_dir>/<stage>/stage.json`."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.values: dict[str, Any] = {}
+
+    def add(self, **values: Any) -> None:
+        self.values |= values
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
+    """Run a stage: its resolved configuration first, its record (with seconds and peak memory) if it ends well."""
+    directory = Paths(cfg).stage(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "stage.json").unlink(missing_ok=True)
+    (directory / "config.yaml").write_text(to_yaml(cfg))
+    console.rule(f"[bold]{name}")
+    started, record = time.monotonic(), StageRecord(name)
+    with RssSampler() as memory:
+        yield record
+    record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib)
+    write_json(directory / "stage.json", record.values)
+    console.print(f"{name} done in {record.values['seconds']:.0f} s")

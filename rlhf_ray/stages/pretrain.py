@@ -1,0 +1,53 @@
+"""Stage `pretrain`: a base model from plain text."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_ray.cluster.runtime import session
+from rlhf_ray.config.schema import Config
+from rlhf_ray.core.types import TokenDataset
+from rlhf_ray.data.blocks import token_blocks
+from rlhf_ray.data.sources import load_task_data
+from rlhf_ray.models.hub import load_tokenizer
+from rlhf_ray.models.tiny import save_untrained
+from rlhf_ray.stages.common import Paths, StageRecord, stage
+from rlhf_ray.train.supervised import SupervisedLearner, Task, supervised
+
+
+def block_dataset(blocks: np.ndarray) -> TokenDataset:
+    """Blocks [N, L] as supervised text: every token but the first of its block is learnt."""
+    in_loss = np.ones(blocks.shape, dtype=bool)
+    in_loss[:, 0] = False
+    return TokenDataset(blocks.reshape(-1), np.full(len(blocks), blocks.shape[1], dtype=np.int32), in_loss.reshape(-1))
+
+
+def run(cfg: Config) -> None:
+    with stage(cfg, "pretrain") as record, session(cfg):
+        train(cfg, record)
+
+
+def train(cfg: Config, record: StageRecord) -> None:
+    paths, task_data, p = Paths(cfg), load_task_data(cfg.data), cfg.pretrain
+    texts = task_data.texts()
+    start = cfg.model.path
+    if p.init == "scratch":
+        start = str(paths.stage("pretrain") / "untrained")
+        save_untrained(p, cfg.model.max_length, texts, Path(start), cfg.seed)
+    tokenizer = load_tokenizer(start)
+    blocks = token_blocks(texts, tokenizer, p.block_length)
+    held_out = token_blocks(task_data.eval_texts(), tokenizer, p.block_length)[: cfg.eval.loss_blocks]
+    task = Task(
+        name="pretrain", objective="lm", path=start, data=block_dataset(np.concatenate([blocks, held_out])),
+        train=np.arange(len(blocks)), val=np.arange(len(blocks), len(blocks) + len(held_out)),
+        weights=np.full(len(blocks) + len(held_out), p.block_length), epochs=p.epochs, batch_size=p.batch_blocks,
+        optimizer=p.optimizer, autocast=p.autocast,
+    )
+    with supervised(cfg, task, paths.stage("pretrain")) as trained:
+        loss = trained.val["loss"]
+        trained.group.call(SupervisedLearner.save, str(paths.base), p.save_dtype, {})
+        record.add(
+            held_out_loss=loss, held_out_perplexity=math.exp(loss), tokens=int(blocks.size), epochs=p.epochs,
+            actors=trained.actors, data=task_data.fingerprint(),
+        )

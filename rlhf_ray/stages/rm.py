@@ -1,0 +1,104 @@
+"""Stage `rm`: a reward model from ranked responses (InstructGPT, step 2, second half)."""
+
+import numpy as np
+
+from rlhf_ray.cluster.runtime import session
+from rlhf_ray.config.schema import Config
+from rlhf_ray.core.types import RankedDataset
+from rlhf_ray.data.formats import Comparison, Demonstration, read_comparisons
+from rlhf_ray.data.sources import load_task_data
+from rlhf_ray.data.templates import encode_prompt, encode_response
+from rlhf_ray.errors import UserError
+from rlhf_ray.evaluation.statistics import cluster_interval
+from rlhf_ray.metrics.progress import console
+from rlhf_ray.models.hub import SCORE_SHIFT, load_tokenizer
+from rlhf_ray.stages.common import Paths, stage
+from rlhf_ray.train.supervised import SupervisedLearner, Task, deal, split_units, supervised
+
+SHIFT_DEMONSTRATIONS = 512  # enough for a mean; their scores become 0 on average
+
+
+def encode(
+    comparisons: list[Comparison], demonstrations: list[Demonstration], cfg: Config, tokenizer: object
+) -> tuple[RankedDataset, int, int]:
+    """Ranked responses, then the demonstrations, each a group of its own.
+
+    Returns (data, number of ranked groups, comparisons left out because a response is too long).
+    """
+    ids: list[list[int]] = []
+    ranks: list[int] = []
+    groups: list[int] = []
+    count = dropped = 0
+    for c in comparisons:
+        prompt = encode_prompt(c.prompt, cfg.data.template, tokenizer)
+        responses = [prompt + encode_response(r, tokenizer) for r in c.responses]
+        if max(len(r) for r in responses) > cfg.model.max_length:
+            dropped += 1
+            continue
+        ids += responses
+        ranks += c.ranks
+        groups += [count] * len(responses)
+        count += 1
+    if count < 2:
+        raise UserError(f"{count} of {len(comparisons)} comparisons fit model.max_length={cfg.model.max_length}: "
+                        "raise it, or give more comparisons")
+    extra = count
+    for d in demonstrations:
+        whole = encode_prompt(d.prompt, cfg.data.template, tokenizer) + encode_response(d.response, tokenizer)
+        if len(whole) <= cfg.model.max_length:
+            ids.append(whole)
+            ranks.append(1)
+            groups.append(extra)
+            extra += 1
+    lengths = np.array([len(x) for x in ids], dtype=np.int32)
+    data = RankedDataset(np.concatenate([np.array(x, dtype=np.int32) for x in ids]), lengths,
+                         np.array(ranks, dtype=np.int32), np.array(groups, dtype=np.int32))
+    return data, count, dropped
+
+
+def pair_counts(data: RankedDataset, groups: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per prompt: pairs that the scores [N] order as the labeler did (equal scores count half), and all untied pairs."""
+    correct, total = [], []
+    for group in groups:
+        rows = np.flatnonzero(data.groups == group)
+        better = data.ranks[rows][:, None] < data.ranks[rows][None, :]
+        margin = (scores[rows][:, None] - scores[rows][None, :])[better]
+        correct.append(float((margin > 0).sum() + 0.5 * (margin == 0).sum()))
+        total.append(int(better.sum()))
+    return np.array(correct), np.array(total)
+
+
+def run(cfg: Config) -> None:
+    with stage(cfg, "rm") as record:
+        paths, task_data = Paths(cfg), load_task_data(cfg.data)
+        tokenizer = load_tokenizer(str(paths.sft))
+        source = paths.comparisons
+        if not source.is_file():
+            raise UserError(f"{source} does not exist: run `rlhf-ray compare` first (same output_dir)")
+        demonstrations = task_data.demonstrations()
+        rng = np.random.default_rng((cfg.seed, 3))
+        chosen = rng.permutation(len(demonstrations))[:SHIFT_DEMONSTRATIONS]
+        data, count, dropped = encode(read_comparisons(str(source)), [demonstrations[i] for i in chosen], cfg, tokenizer)
+        train, val = split_units(count, cfg.rm.val_fraction, cfg.seed)
+        weights = np.bincount(data.groups, weights=data.lengths)
+        task = Task(
+            name="rm", objective="ranking", path=str(paths.sft), data=data, train=train, val=val, weights=weights,
+            epochs=cfg.rm.epochs, batch_size=cfg.rm.prompts_per_batch, optimizer=cfg.rm.optimizer,
+        )
+        with session(cfg), supervised(cfg, task, paths.stage("rm")) as trained:
+            scores = np.zeros(len(data.lengths), dtype=np.float32)
+            measured = np.concatenate([val, np.arange(count, data.groups[-1] + 1)])
+            for rows, values in trained.group.call_each(SupervisedLearner.scores,
+                                                        deal(measured, weights, len(trained.group))):
+                scores[rows] = values
+            shift = float(scores[data.groups >= count].mean())
+            trained.group.call(SupervisedLearner.save, str(paths.reward), cfg.model.dtype, {SCORE_SHIFT: shift})
+            correct, total = pair_counts(data, val, scores)
+            accuracy, interval = cluster_interval(correct, total)
+            record.add(
+                val_accuracy=accuracy, ci95=list(interval), val_loss=trained.val["loss"], val_prompts=len(val),
+                val_pairs=int(total.sum()), comparisons=count, dropped=dropped, score_shift=shift,
+                actors=trained.actors, data=task_data.fingerprint(),
+            )
+            console.print(f"reward model orders {accuracy:.1%} [{interval[0]:.1%}, {interval[1]:.1%}] of held-out pairs "
+                          f"as the labeler did; demonstrations score 0 after a shift of {shift:+.3f}")

@@ -1,0 +1,97 @@
+"""From configuration to running roles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from rlhf_ray.actors.generator import Generator
+from rlhf_ray.actors.learners import CriticLearner, PolicyLearner
+from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
+from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.config.schema import Config
+from rlhf_ray.core.layout import Layout, RoleRequest, check_sync_backend, default_sync_backend, plan_layout
+from rlhf_ray.engines.learner import Rank, free_port
+from rlhf_ray.errors import UserError
+
+JUDGE_CPUS = 0.1  # it only watches
+
+
+def layout_of(cfg: Config, roles: Sequence[str]) -> Layout:
+    """The placement of the named roles. Raises UserError when the numbers contradict each other."""
+    r = cfg.roles
+    requests = {
+        "policy": RoleRequest(r.policy.ranks, r.policy.cpus, r.policy.gpus),
+        "critic": RoleRequest(r.critic.ranks, r.critic.cpus, r.critic.gpus),
+        "generator": RoleRequest(r.generator.replicas, r.generator.cpus,
+                                 r.generator.gpus * r.generator.tensor_parallel_size),
+        "reward": RoleRequest(r.reward.replicas, r.reward.cpus, r.reward.gpus),
+        "reference": RoleRequest(r.reference.replicas, r.reference.cpus, r.reference.gpus),
+        "judge": RoleRequest(1, JUDGE_CPUS),
+        "supervised": RoleRequest(r.supervised.ranks, r.supervised.cpus, r.supervised.gpus),
+    }
+    try:
+        return plan_layout({role: requests[role] for role in roles}, cfg.cluster.placement)
+    except ValueError as error:
+        raise UserError(f"roles and cluster.placement={cfg.cluster.placement} do not go together: {error}") from error
+
+
+def sync_backend(cfg: Config) -> str:
+    """The wire of the weight sync: what was asked for if the layout allows it, else the layout's own."""
+    gpus = cfg.roles.policy.gpus > 0 and cfg.roles.generator.gpus > 0
+    colocated = cfg.cluster.placement == "colocated"
+    if cfg.weight_sync.backend == "auto":
+        return default_sync_backend(gpus, colocated)
+    try:
+        check_sync_backend(cfg.weight_sync.backend, gpus, colocated)
+    except ValueError as error:
+        raise UserError(f"weight_sync.backend={cfg.weight_sync.backend}: {error}") from error
+    return cfg.weight_sync.backend
+
+
+def learner_ranks(world_size: int, address: str = "127.0.0.1") -> list[Rank]:
+    """Where the ranks of a learner group meet: rank 0's node and a free port there."""
+    port = free_port()
+    return [Rank(rank, world_size, address, port) for rank in range(world_size)]
+
+
+def generators(cast: Cast, cfg: Config, path: str, prompts: Any, backend: str) -> Group:
+    g = cfg.roles.generator
+    return cast.start(Generator, "generator", [(path, cfg.model, g, prompts, backend, cfg.seed)] * g.replicas,
+                      g.threads)
+
+
+def reward_models(cast: Cast, cfg: Config, path: str) -> Group:
+    r = cfg.roles.reward
+    return cast.start(RewardModel, "reward", [(path, cfg.model, r)] * r.replicas, r.threads)
+
+
+def reference_models(cast: Cast, cfg: Config, path: str) -> Group:
+    r = cfg.roles.reference
+    return cast.start(ReferenceModel, "reference", [(path, cfg.model, r)] * r.replicas, r.threads)
+
+
+def judge(cast: Cast, tokenizer_path: str, classifier: Any) -> Group:
+    return cast.start(Judge, "judge", [(tokenizer_path, ray.put(classifier))], 1)
+
+
+def policy_learners(cast: Cast, cfg: Config, path: str, steps: int, ptx: Any) -> Group:
+    p, timeout = cfg.roles.policy, cfg.cluster.call_timeout_s
+    return cast.start(
+        PolicyLearner, "policy",
+        [(rank, path, cfg.model, p, cfg.ppo.policy_optimizer, cfg.algorithm, cfg.rollout.temperature, steps, ptx,
+          cfg.seed, timeout) for rank in learner_ranks(p.ranks, cast.address("policy"))],
+        p.threads,
+    )
+
+
+def critic_learners(cast: Cast, cfg: Config, path: str, steps: int) -> Group:
+    c, timeout = cfg.roles.critic, cfg.cluster.call_timeout_s
+    return cast.start(
+        CriticLearner, "critic",
+        [(rank, path, cfg.model, c, cfg.ppo.critic_optimizer, cfg.algorithm, steps, cfg.seed, timeout)
+         for rank in learner_ranks(c.ranks, cast.address("critic"))],
+        c.threads,
+    )

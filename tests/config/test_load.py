@@ -1,0 +1,208 @@
+"""Composing and refusing: every error is a UserError that names the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_ray.config.load import check_model, compose, config_fingerprint, describe, to_yaml, validate
+from rlhf_ray.config.schema import STAGES, Config
+from rlhf_ray.errors import UserError
+
+GPUS = [f"roles.{role}.gpus=1" for role in ("generator", "reward", "reference", "policy", "critic", "supervised")]
+SHARED = ["cluster.placement=colocated", "roles.generator.replicas=2", "roles.generator.gpus=0.5",
+          "roles.policy.gpus=0.5"]
+RL = "stages=[sft,compare,rm,ppo,eval]"
+FILES = ["experiment=null", "data=files", "model.path=some/model", "compare.ranker=file", RL]
+
+
+def refused(overrides: list[str], stage: str = "pipeline") -> str:
+    with pytest.raises(UserError) as error:
+        validate(compose(overrides), stage)
+    return str(error.value)
+
+
+def test_defaults_are_the_schemas() -> None:
+    cfg, schema = compose(["experiment=null"]), Config()
+    assert cfg.data.source == "reviews"
+    cfg.data.source = schema.data.source
+    assert cfg == schema
+
+
+def test_overrides_win_and_have_the_types_of_the_schema() -> None:
+    cfg = compose(["sft.optimizer.lr=1e-3", "cluster=join", "stages=[sft]", "data.texts=hf://name:train",
+                   "sft.max_examples=7", "eval.baselines=[]"])
+    assert cfg.sft.optimizer.lr == 1e-3
+    assert cfg.cluster.address == "auto"
+    assert cfg.stages == ["sft"]
+    assert cfg.data.texts == "hf://name:train"
+    assert cfg.sft.max_examples == 7
+    assert cfg.eval.baselines == []
+    assert isinstance(cfg, Config)
+    assert type(cfg.stages) is list
+
+
+def test_asset_path_becomes_a_directory_of_the_package() -> None:
+    path = Path(compose(["model.path=assets://reviews_base"]).model.path)
+    assert path.parts[-3:] == ("rlhf_ray", "assets", "reviews_base")
+
+
+def test_extra_dirs_add_recipes(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 5\n")
+    assert compose(["experiment=mine"], [tmp_path]).seed == 5
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nsft:\n  batchsize: 5\n")
+    with pytest.raises(UserError, match=r"In 'experiment/mine': unknown key 'sft.batchsize'; did you mean sft.batch_"):
+        compose(["experiment=mine"], [tmp_path])
+    (tmp_path / "experiment" / "mine.yaml").write_text("seed: [\n")
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        compose(["experiment=mine"], [tmp_path])
+    with pytest.raises(UserError, match="no such directory"):
+        compose([], [tmp_path / "absent"])
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("algorithm.klcoef=1", "did you mean algorithm.kl_coef?"),
+    ("+lr=1", "did you mean rm.optimizer.lr or sft.optimizer.lr or pretrain.optimizer.lr"),
+    ("algorithm.lr=1", "rm.optimizer.lr or "),
+    ("zzz=1", "unknown key 'zzz'"),
+    ("hydra.run.dir=x", "unknown key 'hydra.run.dir'"),
+    ("model={pth: 3}", "did you mean model.path?"),
+    ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer (int: seed of everything random)"),
+    ("seed", "is not KEY=VALUE"),
+    ("stages=[sft", "is not KEY=VALUE"),
+    ("seed=1,2", "one run takes one"),
+    ("~seed", "cannot be removed"),
+    ("roles=null", "roles: "),
+    ("data={source: files}", "no such data; there are files, reviews"),
+    ("experiment=hf8gpu", "there are hf_8gpu, instructgpt, quickstart; did you mean hf_8gpu?"),
+    ("data=web", "data=web: no such data; there are files, reviews"),
+    ("model.path=${nope}", "model.path: Interpolation key 'nope' not found"),
+])
+def test_bad_overrides(override: str, says: str) -> None:
+    message = refused([override])
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("override", "says"), [
+    ("seed=-1", "seed=-1: must be >= 0"),
+    ("algorithm.clip_ratio=1", "algorithm.clip_ratio=1.0: must be > 0, < 1"),
+    ("algorithm.gamma=nan", "algorithm.gamma=nan: must be > 0, <= 1"),
+    ("sft.optimizer.lr=inf", "must be a finite number"),
+    ("compare.responses_per_prompt=3", "compare.responses_per_prompt=3: must be >= 4, <= 9"),
+    ("compare.responses_per_prompt=10", "compare.responses_per_prompt=10"),
+    ("model.dtype=bf16", "model.dtype=bf16: must be one of float32, bfloat16; did you mean bfloat16?"),
+    ("stages=[sft,evaluate]", "stages=evaluate: must be one of pretrain, sft"),
+    ("eval.baselines=[ppo]", "eval.baselines=ppo: must be one of base, sft"),
+    ("seed=???", "seed is not set"),
+])
+@pytest.mark.parametrize("stage", ["pretrain", "doctor", "pipeline"])
+def test_range_is_checked_for_every_stage(override: str, says: str, stage: str) -> None:
+    assert says in refused([override], stage)
+
+
+def test_all_range_problems_come_together() -> None:
+    assert len(refused(["seed=-1", "rm.epochs=0", "sft.dropout=1"]).splitlines()) == 3
+
+
+@pytest.mark.parametrize(("overrides", "keys"), [
+    (["model.max_length=100", "compare.max_response_tokens=8"],
+     ["data.max_prompt_tokens=64", "rollout.max_response_tokens=48", "model.max_length=100"]),
+    (["compare.max_response_tokens=100"], ["compare.max_response_tokens=100", "model.max_length=128"]),
+    (["rollout.prompts_per_step=16", "rollout.samples_per_prompt=2"],
+     ["algorithm.minibatch_size=64", "rollout.prompts_per_step=16", "rollout.samples_per_prompt=2"]),
+    (["algorithm.minibatch_size=1"], ["algorithm.minibatch_size=1", "roles.policy.ranks=2"]),
+    (["sft.batch_size=1"], ["sft.batch_size=1", "roles.supervised.ranks=2"]),
+    (["rm.prompts_per_batch=1"], ["rm.prompts_per_batch=1", "roles.supervised.ranks=2"]),
+    (["algorithm.ptx_coef=1", "algorithm.ptx_blocks=1"], ["algorithm.ptx_blocks=1", "roles.policy.ranks=2"]),
+    (["weight_sync.backend=nccl"], ["weight_sync.backend=nccl", "roles.generator.gpus=0", "roles.policy.gpus=0"]),
+    (["weight_sync.backend=ipc", *SHARED[:2]], ["weight_sync.backend=ipc", "roles.generator.gpus=0"]),
+    (["weight_sync.backend=ipc", *GPUS], ["weight_sync.backend=ipc", "cluster.placement=separate"]),
+    (["weight_sync.backend=nccl", *SHARED], ["weight_sync.backend=nccl", "cluster.placement=colocated"]),
+    (["cluster.placement=colocated"], ["roles.generator.replicas=1", "roles.policy.ranks=2"]),
+    (["cluster.placement=colocated", "roles.generator.replicas=2", *GPUS],
+     ["cluster.placement=colocated", "roles.generator.gpus=1", "roles.policy.gpus=1"]),
+    ([*SHARED, "roles.generator.tensor_parallel_size=2"], ["roles.generator.tensor_parallel_size=2"]),
+    (["roles.generator.tensor_parallel_size=2"], ["roles.generator.tensor_parallel_size=2", "roles.generator.gpus=0"]),
+    (["model.attn_implementation=flash_attention_2"],
+     ["model.attn_implementation=flash_attention_2", "roles.policy.gpus=0"]),
+    (["model.dtype=bfloat16"], ["model.dtype=bfloat16", "roles.generator.gpus=0"]),
+    (["model.dtype=bfloat16", *GPUS[1:]], ["model.dtype=bfloat16", "roles.generator.gpus=0"]),
+    (["stages=[]"], ["stages=[]"]),
+    (["stages=[rm,sft]"], ["stages=[rm,sft]", "stages=[sft,rm]"]),
+    (["stages=[sft,sft]"], ["stages=[sft,sft]", "write stages=[sft]"]),
+    (["ppo.critic_warmup_iterations=40", "ppo.iterations=40"],
+     ["ppo.critic_warmup_iterations=40", "ppo.iterations=40"]),
+    (["stages=[pretrain]", "pretrain.num_heads=3"], ["pretrain.hidden_size=256", "pretrain.num_heads=3"]),
+    (["stages=[pretrain]", "pretrain.hidden_size=36"], ["pretrain.hidden_size=36", "odd"]),
+    (["experiment=null", RL], ["model.path is not set"]),
+    (["experiment=null", "pretrain.init=model"], ["model.path is not set"]),
+    (["experiment=null", "model.path=a/b"], ["model.path=a/b would not be used", f"leave pretrain out, {RL}"]),
+    (["compare.ranker=file"], ["data.comparisons is not set", "compare.ranker=file"]),
+    (["data.source=files"], ["compare.ranker=simulated", "data.source=files"]),
+    (FILES, ["data.comparisons is not set", "data.demonstrations is not set, but needed by sft and rm",
+             "data.ppo_prompts", "data.eval_prompts", "data.eval_texts"]),
+    ([*FILES, "algorithm.ptx_coef=1"], ["data.texts is not set, but needed by algorithm.ptx_coef=1.0"]),
+])
+def test_contradictions_name_their_keys(overrides: list[str], keys: list[str]) -> None:
+    message = refused(overrides)
+    for key in keys:
+        assert key in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(("overrides", "stage"), [
+    ([], "pipeline"),
+    (["experiment=null", "~cluster"], "pipeline"),
+    (["experiment=null"], "sft"),  # it starts from what pretrain made
+    (["experiment=null"], "pretrain"),  # a model from scratch needs no model.path
+    (["experiment=null"], "doctor"),
+    (["model.dtype=bfloat16"], "sft"),  # only PPO compares the engine's log-probabilities with its own
+    (["model.max_length=64"], "sft"),
+    (["weight_sync.backend=nccl"], "sft"),
+    ([*SHARED, "weight_sync.backend=ipc"], "ppo"),
+    ([*GPUS, "weight_sync.backend=nccl", "model.dtype=bfloat16"], "ppo"),
+    ([*FILES, "data.demonstrations=d.jsonl"], "sft"),
+    ([*FILES, "data.ppo_prompts=p.jsonl"], "ppo"),
+    (["data.max_prompt_tokens=80"], "ppo"),  # exactly the context
+])
+def test_what_is_fine(overrides: list[str], stage: str) -> None:
+    validate(compose(overrides), stage)
+
+
+def test_local_model_must_be_there(tmp_path: Path) -> None:
+    cfg = compose([f"model.path={tmp_path}", "stages=[sft,rm]"])
+    with pytest.raises(UserError, match=r"model.path=.*no config.json"):
+        check_model(cfg, "pipeline")
+    check_model(cfg, "doctor")
+    check_model(cfg, "pretrain")
+    (tmp_path / "config.json").write_text("{}")
+    check_model(cfg, "sft")
+    check_model(compose(["model.path=Org/Name"]), "sft")
+    with pytest.raises(UserError, match="assets/nope"):
+        check_model(compose(["model.path=assets://nope"]), "sft")
+
+
+def test_yaml_is_the_whole_configuration() -> None:
+    tree = yaml.safe_load(to_yaml(compose(["sft.optimizer.lr=3e-4"])))
+    assert tree["sft"]["optimizer"]["lr"] == 3e-4
+    assert list(tree)[:4] == ["output_dir", "seed", "stages", "model"]
+
+
+def test_describe_covers_every_key() -> None:
+    options = {option.key: option for option in describe()}
+    assert all(option.help for option in options.values())
+    assert options["algorithm.clip_ratio"] == ("algorithm.clip_ratio", "float", 0.2,
+                                               "PPO clip range of the policy ratio", "> 0, < 1")
+    assert options["sft.max_examples"].type == "int | None"
+    assert options["stages"].type == "list[str]"
+    assert options["stages"].limits == " | ".join(STAGES)
+
+
+def test_fingerprint_sees_its_sections_only() -> None:
+    a, b = compose([]), compose(["ppo.iterations=3"])
+    assert config_fingerprint(a, ["model", "sft", "seed"]) == config_fingerprint(b, ["model", "sft", "seed"])
+    assert config_fingerprint(a, ["ppo"]) != config_fingerprint(b, ["ppo"])
+    assert config_fingerprint(a, ["roles.policy"]) != config_fingerprint(a, ["roles.critic"])
+    assert len(config_fingerprint(a, [])) == 64

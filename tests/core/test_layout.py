@@ -1,0 +1,134 @@
+import pytest
+
+from rlhf_ray.core.layout import (
+    NodeResources,
+    RoleRequest,
+    Share,
+    check_sync_backend,
+    default_sync_backend,
+    plan_layout,
+    shortfall,
+)
+
+R = RoleRequest
+# name, roles, placement -> bundles (role, index, cpus, gpus), bundle numbers of the generators
+LAYOUTS = [
+    ("cpu separate", {"generator": R(2, 2), "policy": R(2, 1)}, "separate",
+     [("generator", 0, 2, 0), ("generator", 1, 2, 0), ("policy", 0, 1, 0), ("policy", 1, 1, 0)], [0, 1]),
+    ("cpu colocated", {"generator": R(2, 2), "policy": R(2, 1)}, "colocated",
+     [("policy", 0, 3, 0), ("policy", 1, 3, 0)], [0, 1]),
+    ("gpu separate", {"policy": R(1, 1, 1), "generator": R(1, 1, 1)}, "separate",
+     [("policy", 0, 1, 1), ("generator", 0, 1, 1)], [1]),
+    ("gpu shares that fit", {"policy": R(1, 1, 0.5), "generator": R(1, 1, 0.3)}, "colocated",
+     [("policy", 0, 2, 0.8)], [0]),
+    ("gpu shares above one device", {"policy": R(1, 1, 1), "generator": R(1, 1, 1)}, "colocated",
+     [("policy", 0, 2, 1)], [0]),
+    ("fewer generators than ranks", {"critic": R(1, 4), "policy": R(2, 1, 0.5), "generator": R(1, 2, 0.5)},
+     "colocated", [("critic", 0, 4, 0), ("policy", 0, 3, 1), ("policy", 1, 1, 0.5)], [1]),
+    ("tensor parallel", {"generator": R(1, 2, 4), "policy": R(1, 1, 1)}, "separate",
+     [("generator", 0, 2, 4), ("policy", 0, 1, 1)], [0]),
+    ("a stage without generators", {"policy": R(1, 1)}, "colocated", [("policy", 0, 1, 0)], []),
+    ("a stage without a policy", {"generator": R(1, 1), "reward": R(1, 1)}, "colocated",
+     [("generator", 0, 1, 0), ("reward", 0, 1, 0)], [0]),
+    ("a role that is switched off", {"critic": R(0, 1), "policy": R(1, 1)}, "separate",
+     [("policy", 0, 1, 0)], []),
+]
+
+
+@pytest.mark.parametrize(("roles", "placement", "bundles", "generators"), [c[1:] for c in LAYOUTS],
+                         ids=[c[0] for c in LAYOUTS])
+def test_layouts(roles, placement, bundles, generators):
+    layout = plan_layout(roles, placement)
+    assert [(b.role, b.index, b.cpus, pytest.approx(b.gpus)) for b in layout.bundles] == bundles
+    assert [layout.assignment["generator", i] for i in range(len(generators))] == generators
+    assert layout.total_cpus == sum(b[2] for b in bundles)
+    assert layout.total_gpus == pytest.approx(sum(b[3] for b in bundles))
+    actors = {(role, i) for role, request in roles.items() for i in range(request.count)}
+    assert layout.assignment.keys() == layout.shares.keys() == actors
+    for number, bundle in enumerate(layout.bundles):  # what the tenants ask for fits into the bundle
+        tenants = [layout.shares[actor] for actor, home in layout.assignment.items() if home == number]
+        assert sum(s.cpus for s in tenants) == bundle.cpus
+        assert sum(s.gpus for s in tenants) <= bundle.gpus + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("policy", "generator", "expected"),
+    [(1.0, 1.0, (0.5, 0.5)), (0.5, 0.3, (0.5, 0.3)), (1.0, 0.5, (0.6666, 0.3333)), (0.7, 0.7, (0.5, 0.5))],
+)
+def test_shares_of_one_device(policy, generator, expected):
+    """Scaled down in proportion when they exceed it, at Ray's resolution of 1e-4: 1 / 1.5, 0.5 / 1.5."""
+    shares = plan_layout({"policy": R(1, 2, policy), "generator": R(1, 3, generator)}, "colocated").shares
+    assert shares == {("policy", 0): Share(2, expected[0]), ("generator", 0): Share(3, expected[1])}
+
+
+@pytest.mark.parametrize(
+    ("policy", "generator", "placement", "message"),
+    [
+        (R(1, 1), R(2, 1), "colocated", "2 generators share the devices of 1 policy ranks"),
+        (R(1, 1, 1), R(1, 1, 2), "colocated", "separate"),
+        (R(1, 1, 1), R(1, 1, 0), "colocated", "Both or neither"),
+        (R(1, 1, 1.5), R(1, 1, 1), "separate", "policy asks for 1.5 GPUs"),
+        (R(1, 1), R(1, 1), "together", "unknown placement 'together'"),
+    ],
+)
+def test_impossible_layouts(policy, generator, placement, message):
+    with pytest.raises(ValueError, match=message):
+        plan_layout({"policy": policy, "generator": generator}, placement)
+
+
+N = NodeResources
+FITS = [
+    ("exactly", {"a": R(2, 2, 1)}, [N("n", 4, 2)], True),
+    ("one cpu short", {"a": R(2, 2, 1)}, [N("n", 3, 2)], False),
+    ("enough in all, not on one node", {"a": R(1, 4)}, [N("m", 2), N("n", 2)], False),
+    ("two nodes", {"a": R(2, 4)}, [N("m", 4), N("n", 4)], True),
+    ("large ones first", {"a": R(2, 2), "b": R(1, 4)}, [N("m", 4), N("n", 4)], True),
+    ("gpu bundles before cpu ones", {"a": R(1, 4), "b": R(1, 2, 1)}, [N("m", 4, 1), N("n", 4)], True),
+    ("ninths add up to a device", {"a": R(9, 0, 1 / 9)}, [N("n", 1, 1)], True),
+    ("ten of them do not fit", {"a": R(10, 0, 1 / 9)}, [N("n", 1, 1)], False),
+    ("a share does not straddle two devices", {"a": R(3, 0, 0.6)}, [N("n", 1, 2)], False),
+    ("small shares fill up the devices", {"a": R(2, 0, 0.6), "b": R(2, 0, 0.4)}, [N("n", 1, 2)], True),
+    ("whole devices must be free", {"a": R(1, 0, 2), "b": R(1, 0, 0.5)}, [N("n", 1, 2)], False),
+    ("no node", {"a": R(1, 1)}, [], False),
+    ("nothing wanted", {"a": R(0, 1)}, [], True),
+]
+
+
+@pytest.mark.parametrize(("roles", "nodes", "fits"), [c[1:] for c in FITS], ids=[c[0] for c in FITS])
+def test_shortfall(roles, nodes, fits):
+    message = shortfall(plan_layout(roles, "separate"), nodes)
+    assert (message is None) == fits, message
+
+
+def test_shortfall_sets_demand_beside_supply():
+    """Policy 0 takes node n's GPU and 2 of its CPUs; policy 1 finds no GPU; the reward actor no 3 CPUs."""
+    layout = plan_layout({"reward": R(1, 3), "policy": R(2, 2, 1)}, "separate")
+    assert shortfall(layout, [N("n", 4, 1), N("m", 1)]) == (
+        "the roles do not fit the cluster:\n"
+        "  cpus: 7 wanted, 5 offered\n"
+        "  gpus: 2 wanted, 1 offered\n"
+        "  node n: offers 4 cpus, 1 gpus; 2 cpus, 0 gpus left\n"
+        "  node m: offers 1 cpus, 0 gpus; 1 cpus, 0 gpus left\n"
+        "  no room for policy 1: wants 2 cpus, 1 gpus on one node\n"
+        "  no room for reward 0: wants 3 cpus, 0 gpus on one node"
+    )
+
+
+# device_gpus, colocated -> the default, and all that may be asked for
+WIRES = [
+    (False, False, "gloo", {"gloo"}),
+    (False, True, "gloo", {"gloo"}),
+    (True, False, "nccl", {"gloo", "nccl"}),
+    (True, True, "ipc", {"gloo", "ipc"}),
+]
+
+
+@pytest.mark.parametrize(("gpus", "colocated", "default", "allowed"), WIRES)
+def test_sync_backends(gpus, colocated, default, allowed):
+    assert default_sync_backend(gpus, colocated) == default
+    for backend in ("gloo", "nccl", "ipc", "auto"):
+        if backend in allowed:
+            check_sync_backend(backend, gpus, colocated)
+        else:
+            with pytest.raises(ValueError, match=f"weight_sync.backend.*{backend}"):
+                check_sync_backend(backend, gpus, colocated)
