@@ -64,6 +64,10 @@ class Generator(Role):
         responses = {r.index: r.ids for r in self._sample(samples, temperature, max_tokens)}
         return [responses[i] for i in range(len(samples))]
 
+    def load(self, path: str) -> None:
+        """Take the weights of another model of the same shape."""
+        self.engine.load(path)
+
     def _sample(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> Iterator[Response]:
         return self.engine.sample([Request(self._prompt(s.prompt_index), s.seed) for s in samples], temperature,
                                   max_tokens)

@@ -48,7 +48,12 @@ class ReferenceModel(_Scorer):
 
     def __init__(self, path: str, model: ModelConfig, cfg: ScorerConfig):
         super().__init__(model, cfg)
-        self.module = CausalLM(load_causal_lm(path, model)).to(self.device).eval()
+        self.model = model
+        self.load(path)
+
+    def load(self, path: str) -> None:
+        """Take another model."""
+        self.module = CausalLM(load_causal_lm(path, self.model)).to(self.device).eval()
 
     def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
         """float32 [T]: log p of every response token, 0 on prompt tokens."""

@@ -31,14 +31,16 @@ class Response:
     truncated: bool
 
 
-def engine_environment(threads: int) -> dict[str, str]:
-    """Environment that must be set before vLLM is imported (harmless on GPUs)."""
+def cpu_environment(cfg: GeneratorConfig) -> dict[str, str]:
+    """Environment of an engine on CPU, to be set before vLLM is imported."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process: ready in seconds
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins all threads of all engines to one core
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        "OMP_NUM_THREADS": str(threads),
+        # Counting ranks of log-probabilities is wrapped in torch.compile: 20 s of g++ in every fresh process.
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
     }
 
 
@@ -50,8 +52,10 @@ class GenerationEngine:
     """
 
     def __init__(self, path: str, model: ModelConfig, cfg: GeneratorConfig, sync_backend: str, seed: int):
-        os.environ.update(engine_environment(cfg.threads), VLLM_CPU_KVCACHE_SPACE=str(cfg.kv_cache_gib))
         import torch
+
+        if not torch.cuda.is_available():
+            os.environ.update(cpu_environment(cfg))
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -66,6 +70,7 @@ class GenerationEngine:
             gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs", seed=seed,
             distributed_executor_backend="uni" if cfg.tensor_parallel_size == 1 else "mp",
             weight_transfer_config=WeightTransferConfig(backend=sync_backend), disable_log_stats=True,
+            worker_extension_cls="rlhf_ray.engines.weight_sync.WorkerExtension",
             # A model and its tokenizer decide how to sample; a generation_config.json must not.
             generation_config="vllm",
         )
@@ -98,6 +103,15 @@ class GenerationEngine:
                     truncated=answer.finish_reason == "length",
                 )
 
+    def load(self, path: str) -> None:
+        """Replace the weights by those of another model of the same shape, from disk."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        self._forget_old_weights()
+
+    def _forget_old_weights(self) -> None:
+        self.llm.collective_rpc("refresh_tied_head")
+        self.llm.reset_prefix_cache()
+
     # -- weight transfer, driven by the learners' rank 0 --------------------------------------------------------
 
     def init_weight_transfer(self, payload: dict[str, Any]) -> None:
@@ -112,7 +126,7 @@ class GenerationEngine:
     def finish_weight_update(self, version: int) -> None:
         """The new weights are whole: forget what the old ones computed, and say whose they are."""
         self.llm.finish_weight_update(str(version))
-        self.llm.reset_prefix_cache()
+        self._forget_old_weights()
         self.version = version
 
 

@@ -9,6 +9,7 @@ the update depends neither on the micro-batch size nor on the number of ranks. D
 over ranks; the loss is multiplied by the world size to undo that.
 """
 
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -107,7 +108,6 @@ class Learner:
         self.cfg, self.optimizer_cfg, self.total_steps = cfg, optimizer, total_steps
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps_done = 0
-        self.skipped_steps = 0
         module.to(device)
         adamw = torch.optim.AdamW(
             [
@@ -153,30 +153,25 @@ class Learner:
     def step(self, batches: Sequence[MicroBatch], dropout: bool = False) -> dict[str, float]:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks.
 
-        Returns grad_norm (before clipping), lr, and skipped (1.0 if the loss was not finite on some rank; then
-        all ranks leave the weights alone together).
+        Returns grad_norm (before clipping), lr, and skipped: 1.0 if a gradient was not finite on some rank, in
+        which case DeepSpeed drops the step on all ranks together and the weights stay as they were.
         """
         self.engine.train(dropout)
         count = max(1, int(self.max(len(batches))))
-        finite = 1.0
         for i in range(count):
             self.engine.set_gradient_accumulation_boundary(i == count - 1)
             batch = batches[i] if i < len(batches) else self._nothing
-            loss = batch.loss(batch.rows.to(self.device))
-            if not torch.isfinite(loss):
-                finite, loss = 0.0, torch.nan_to_num(loss * 0.0)
-            self.engine.backward(loss * self.world_size)
+            self.engine.backward(batch.loss(batch.rows.to(self.device)) * self.world_size)
         lr = self.optimizer_cfg.lr * lr_scale(
             self.steps_done, self.total_steps, self.optimizer_cfg.warmup_ratio, self.optimizer_cfg.schedule,
             self.optimizer_cfg.min_lr_ratio,
         )
-        skip = self.sum(finite)[0] < self.world_size
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = 0.0 if skip else lr
+            group["lr"] = lr
         self.engine.step()
         self.steps_done += 1
-        self.skipped_steps += skip
-        return {"grad_norm": float(self.engine.get_global_grad_norm() or 0.0), "lr": lr, "skipped": float(skip)}
+        norm = float(self.engine.get_global_grad_norm())
+        return {"grad_norm": norm, "lr": lr, "skipped": float(not math.isfinite(norm))}
 
     @property
     def _nothing(self) -> MicroBatch:

@@ -14,7 +14,8 @@ the `vllm.general_plugins` entry point, so that it is there in a worker's proces
 Traps. Engines receive while rank 0 sends: the calls to them run on another thread, and an engine must not be
 busy with a rollout. vLLM's layerwise reload around an update is not optional on CPU, where linear weights are packed
 after loading. Sender and receiver cut the stream into buckets from the same metadata: a source whose `metadata()`
-disagrees with what it yields hangs. Tied parameters are sent once. NCCL refuses two ranks on one GPU: use ipc there.
+disagrees with what it yields hangs. Tied parameters are sent once, and the head that shares them is refreshed
+afterwards (see `WorkerExtension`). NCCL refuses two ranks on one GPU: use ipc there.
 
 vLLM's interface moves between minor versions; all that touches it is in this file. A change here needs
 tests/end_to_end/test_weight_sync.py (gloo) and, on a machine with GPUs, tests/gpu.
@@ -54,6 +55,23 @@ def register() -> None:
     if "gloo" not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
         WeightTransferTrainerFactory.register_engine("gloo", GlooSender)
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker (`worker_extension_cls`): methods that `collective_rpc` reaches by name."""
+
+    model_runner: Any
+
+    def refresh_tied_head(self) -> None:
+        """Make an output head that shares the embeddings' weights see the new ones.
+
+        On CPU vLLM packs the head's weights for its matmul kernel. A reload brings only the embeddings (tied
+        parameters travel once), and so the packed copy would stay what it was: fluent, and wrong.
+        """
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        method = getattr(head, "quant_method", None)
+        if self.model_runner.model_config.hf_text_config.tie_word_embeddings and method is not None:
+            method.process_weights_after_loading(head)
 
 
 # -- gloo ------------------------------------------------------------------------------------------------------

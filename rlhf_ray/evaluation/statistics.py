@@ -17,7 +17,7 @@ _CHUNK = 500  # resamples drawn at once by `cluster_interval`: bounds its memory
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often a was preferred over b: counts over n prompts, rate = (wins + ties / 2) / n, its 95% interval."""
+    """How often a was preferred over b: counts over n prompts, (wins + ties / 2) / n, its 95% interval."""
 
     wins: int
     ties: int
@@ -36,9 +36,9 @@ def win_rate(
 ) -> WinRate:
     """How often the response of a beats that of b on the same prompt.
 
-    scores_a, scores_b [n]: the judge's scores, entry i of both for prompt i. Scores at most `tie_margin` apart
-    are a tie, which counts half. The prompts are the independent units, so the interval is over prompts, and
-    each of its ends is the wider of two:
+    scores_a, scores_b [n]: the judge's scores, entry i of both for prompt i. Scores at most `tie_margin`
+    apart are a tie, which counts half. The prompts are the independent units, so the interval is over
+    prompts, and each of its ends is the wider of two:
 
     - the percentile bootstrap over prompts (B. Efron and R. Tibshirani 1993, "An Introduction to the
       Bootstrap", ch. 13), which knows that ties vary less than wins and losses, but is too narrow when hardly
@@ -52,7 +52,9 @@ def win_rate(
     """
     a, b = np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
     if a.ndim != 1 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"win_rate needs two equally long lists of scores, got shapes {a.shape} and {b.shape}")
+        raise ValueError(
+            f"win_rate needs two equally long lists of scores, got shapes {a.shape} and {b.shape}"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("win_rate needs finite scores")
     if tie_margin < 0:
@@ -62,7 +64,9 @@ def win_rate(
     ties = n - wins - losses
     rate = (wins + ties / 2) / n
     # There are three outcomes, so drawing n prompts with replacement is one multinomial draw of their counts.
-    drawn = np.random.default_rng(seed).multinomial(n, np.array([wins, ties, losses]) / n, size=bootstrap_samples)
+    drawn = np.random.default_rng(seed).multinomial(
+        n, np.array([wins, ties, losses]) / n, size=bootstrap_samples
+    )
     low, high = np.quantile(drawn @ np.array([1.0, 0.5, 0.0]) / n, _TAILS)
     wilson = _wilson(rate, n)
     return WinRate(wins, ties, losses, rate, (min(float(low), wilson[0]), max(float(high), wilson[1])), n)
@@ -83,16 +87,18 @@ def cluster_interval(
 ) -> Interval:
     """95% interval of pair accuracy, sum(correct) / sum(total), resampled over prompts.
 
-    correct_by_group, total_by_group [groups]: pairs ordered rightly, and pairs, of each prompt. The C(K,2) pairs
-    of one prompt share their responses and are not independent, so whole prompts are drawn with replacement
-    (A. C. Davison and D. V. Hinkley 1997, "Bootstrap Methods and their Application", sec. 3.8), percentile ends.
-    Where every prompt is equally accurate the bootstrap is a point; then the Wilson interval with each prompt
-    counted as one trial stands in. Raises ValueError for empty or unequal lists, a total below 1, or
-    correct outside 0..total.
+    correct_by_group, total_by_group [groups]: pairs ordered rightly, and pairs, of each prompt. The C(K,2)
+    pairs of one prompt share their responses and are not independent, so whole prompts are drawn with
+    replacement (A. C. Davison and D. V. Hinkley 1997, "Bootstrap Methods and their Application", sec. 3.8),
+    percentile ends. Where every prompt is equally accurate the bootstrap is a point; then the Wilson interval
+    with each prompt counted as one trial stands in. Raises ValueError for empty or unequal lists, a total
+    below 1, or correct outside 0..total.
     """
     correct, total = np.asarray(correct_by_group, np.float64), np.asarray(total_by_group, np.float64)
     if correct.ndim != 1 or correct.shape != total.shape or len(total) == 0:
-        raise ValueError(f"cluster_interval needs two equal lists, got shapes {correct.shape} and {total.shape}")
+        raise ValueError(
+            f"cluster_interval needs two equal lists, got shapes {correct.shape} and {total.shape}"
+        )
     if not ((total >= 1) & (correct >= 0) & (correct <= total)).all():
         raise ValueError("cluster_interval needs total >= 1 and 0 <= correct <= total in every group")
     groups, rng = len(total), np.random.default_rng(seed)
@@ -109,8 +115,8 @@ def cluster_interval(
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Unique n-grams over all n-grams of the whole set, over lowercased words split at whitespace; 0 if none.
 
-    J. Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models". New n-grams get
-    rarer as text is added, so the value falls with the size of the set: compare only sets of equally many
+    J. Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models". New n-grams
+    get rarer as text is added, so the value falls with the size of the set: compare only sets of equally many
     responses of similar length.
     """
     if n < 1:
@@ -126,7 +132,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
 
 
 def mean_interval(x: ArrayLike) -> tuple[float, Interval]:
-    """(mean, 95% Student t interval) of independent values x [n]; ValueError unless n >= 2 and all are finite."""
+    """(mean, 95% Student t interval) of independent values x [n]; ValueError unless n >= 2, all finite."""
     values = np.asarray(x, np.float64)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise ValueError("mean_interval needs at least two finite values in one dimension")

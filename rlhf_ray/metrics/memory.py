@@ -11,12 +11,14 @@ GIB = 2**30
 
 
 class RssSampler:
-    """Samples the resident memory of this process, of the pids given to `watch`, and of all their descendants.
+    """Samples the resident memory of this process, of the pids given to `watch`, and of all their
+    descendants.
 
     A context manager with a background thread. Ray's processes need not be our children: `watch` the raylet's
-    or the actors' pids. A process found by two ways counts once. The sum is of resident set sizes (as in `ps`),
-    so pages shared between processes, such as mapped libraries and the object store, count once for each: it
-    is an upper bound of the memory really taken. A peak shorter than `interval` seconds can go unseen.
+    or the actors' pids. A process found by two ways counts once. The sum is of resident set sizes (as in
+    `ps`), so pages shared between processes, such as mapped libraries and the object store, count once for
+    each: it is an upper bound of the memory really taken. A peak shorter than `interval` seconds can go
+    unseen.
     """
 
     def __init__(self, interval: float = 0.5) -> None:
@@ -69,7 +71,7 @@ class RssSampler:
 
 
 def _with_descendants(roots: list[psutil.Process]) -> list[psutil.Process]:
-    """The living roots and everything below them, each once; one pass over the process table for all roots."""
+    """The living roots and everything below them, each once; one pass over the process table."""
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"], []).append(process)

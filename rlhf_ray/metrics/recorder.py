@@ -24,8 +24,8 @@ _SHOWN = (
 class Recorder:
     """Appends to `<run_dir>/metrics.jsonl`, prints, and forwards to wandb.
 
-    wandb_mode: disabled, offline or online; wandb is imported only where it is not disabled. config: the run's
-    configuration, which wandb keeps; its `ppo.iterations` is the total on the console line.
+    wandb_mode: disabled, offline or online; wandb is imported only where it is not disabled. config: the
+    run's configuration, which wandb keeps; its `ppo.iterations` is the total on the console line.
     """
 
     def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
@@ -36,7 +36,8 @@ class Recorder:
         if wandb_mode != "disabled":
             import wandb
 
-            self._wandb = wandb.init(project=project, mode=wandb_mode, dir=str(run_dir), config=config)
+            mode: Any = wandb_mode  # wandb's type is a literal; the configuration allows only those
+            self._wandb = wandb.init(project=project, mode=mode, dir=str(run_dir), config=config)
 
     def log(self, iteration: int, values: dict[str, Any]) -> None:
         """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase.

@@ -1,13 +1,13 @@
 """Stage `ppo`: the policy against the reward model (InstructGPT, step 3)."""
 
 import math
+from dataclasses import asdict
 
 import ray
 
 from rlhf_ray.actors.learners import PolicyLearner
 from rlhf_ray.cluster.group import Cast
 from rlhf_ray.cluster.runtime import session
-from rlhf_ray.config.load import to_dict
 from rlhf_ray.config.schema import Config
 from rlhf_ray.data.blocks import token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
@@ -61,8 +61,8 @@ def run(cfg: Config) -> None:
                 actors = cast.ready()
                 policy.call(PolicyLearner.connect, generators.actors, cfg.roles.generator.tensor_parallel_size, backend,
                             cfg.weight_sync.bucket_mib, cfg.cluster.call_timeout_s)
-            recorder = Recorder(paths.stage("ppo"), cfg.logging.wandb, cfg.logging.wandb_project, to_dict(cfg),
-                                p.iterations)
+            (paths.stage("ppo") / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of this stage
+            recorder = Recorder(paths.stage("ppo"), cfg.logging.wandb, cfg.logging.wandb_project, asdict(cfg))
             try:
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream, recorder)
                 trainer.run()

@@ -1,0 +1,139 @@
+"""Intervals and counts against numbers derived by hand, scipy, and simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rlhf_ray.evaluation.statistics import (
+    cluster_interval,
+    distinct_n,
+    mean_interval,
+    proportion_interval,
+    win_rate,
+)
+
+
+def test_win_rate_counts_by_hand():
+    # Differences 1.0, -0.5, 0.05, 0.1, 0.3 at margin 0.1: win, loss, tie, tie (at the margin), win.
+    result = win_rate([1.0, 0.0, 0.05, 0.1, 0.3], [0.0, 0.5, 0.0, 0.0, 0.0], 0.1, 200, seed=0)
+    assert (result.wins, result.ties, result.losses, result.n) == (2, 2, 1, 5)
+    assert result.rate == pytest.approx(0.6)
+    assert result.ci95[0] < 0.6 < result.ci95[1]
+    shown = result.to_dict()
+    assert shown["ci95"] == list(result.ci95)
+    assert set(shown) == {"wins", "ties", "losses", "rate", "ci95", "n"}
+
+
+def test_win_rate_swaps_sides():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.3, 1, 200), rng.normal(0, 1, 200)
+    forth, back = win_rate(a, b, 0.1, 5000, 0), win_rate(b, a, 0.1, 5000, 0)
+    assert (forth.wins, forth.ties, forth.losses) == (back.losses, back.ties, back.wins)
+    assert forth.rate == pytest.approx(1 - back.rate)
+    assert forth.ci95[0] == pytest.approx(1 - back.ci95[1], abs=0.01)
+
+
+@pytest.mark.parametrize(("a", "rate"), [(1.0, 1.0), (0.0, 0.5), (-1.0, 0.0)])
+def test_win_rate_of_equal_outcomes_is_not_a_point(a, rate):
+    n = 50
+    result = win_rate(np.full(n, a), np.zeros(n), 0.1, 1000, 0)
+    assert result.rate == rate
+    assert result.ci95[1] - result.ci95[0] > 0.05
+    if rate == 1.0:  # Wilson at p = 1: [n / (n + z^2), 1]
+        assert result.ci95 == pytest.approx((n / (n + 1.959964**2), 1.0))
+
+
+def test_win_rate_is_never_narrower_than_wilson():
+    scores = np.r_[np.ones(509), -np.ones(3)]
+    result, wilson = win_rate(scores, np.zeros(512), 0.1, 5000, 0), proportion_interval(509, 512)
+    assert result.ci95[0] <= wilson[0]
+    assert result.ci95[1] >= wilson[1]
+
+
+@pytest.mark.parametrize("probabilities", [(0.5, 0.0, 0.5), (0.75, 0.08, 0.17), (0.97, 0.0, 0.03)])
+def test_win_rate_interval_covers_the_truth(probabilities):
+    rng, truth, sets = np.random.default_rng(7), probabilities[0] + probabilities[1] / 2, 400
+    covered = 0
+    for _ in range(sets):
+        scores = rng.choice([1.0, 0.0, -1.0], p=probabilities, size=300)
+        low, high = win_rate(scores, np.zeros(300), 0.1, 1000, 0).ci95
+        covered += low <= truth <= high
+    assert 0.92 <= covered / sets <= 0.98
+
+
+def test_win_rate_with_many_ties_covers_at_least_the_level():
+    rng, covered = np.random.default_rng(3), 0
+    for _ in range(400):
+        scores = rng.choice([1.0, 0.0, -1.0], p=(0.3, 0.6, 0.1), size=300)
+        low, high = win_rate(scores, np.zeros(300), 0.1, 1000, 0).ci95
+        covered += low <= 0.6 <= high
+    assert covered / 400 >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "margin"),
+    [
+        ([], [], 0.1),
+        ([1.0], [1.0, 2.0], 0.1),
+        ([np.nan], [0.0], 0.1),
+        ([1.0], [0.0], -0.1),
+        ([[1.0]], [[1.0]], 0.1),
+    ],
+)
+def test_win_rate_refuses(a, b, margin):
+    with pytest.raises(ValueError):
+        win_rate(a, b, margin, 100, 0)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 7), (3, 7), (7, 7), (412, 512)])
+def test_proportion_interval_is_scipys_wilson(successes, n):
+    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    assert proportion_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_proportion_interval_refuses():
+    for successes, n in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError):
+            proportion_interval(successes, n)
+
+
+def test_cluster_interval_covers_the_truth_where_pairs_of_a_prompt_go_together():
+    rng, sets, groups, pairs = np.random.default_rng(5), 400, 150, 6
+    covered = naive = 0
+    for _ in range(sets):
+        correct = rng.binomial(pairs, rng.beta(2, 1, size=groups))  # mean 2/3, far more spread than binomial
+        low, high = cluster_interval(correct, np.full(groups, pairs), 1000, seed=1)
+        covered += low <= 2 / 3 <= high
+        low, high = proportion_interval(int(correct.sum()), groups * pairs)
+        naive += low <= 2 / 3 <= high
+    assert 0.92 <= covered / sets <= 0.98
+    assert naive / sets < 0.90  # why pairs must not be counted as independent
+
+
+def test_cluster_interval_weighs_by_pairs_and_never_collapses():
+    low, high = cluster_interval([6, 6, 6], [6, 6, 6])
+    assert (low, high) == pytest.approx(proportion_interval(3, 3))
+    # Two groups: the four equally likely draws have accuracies 0, 9/10 twice, 1.
+    assert cluster_interval([0, 9], [1, 9], 4000) == pytest.approx((0.0, 1.0))
+    for bad in (([], []), ([1], [1, 2]), ([2], [1]), ([0], [0])):
+        with pytest.raises(ValueError):
+            cluster_interval(*bad)
+
+
+def test_distinct_n_by_hand():
+    # (a, b), (b, a), (a, b) and (a, b): two unique of four; pairs do not cross texts.
+    assert distinct_n(["a b A b", "a  b"]) == pytest.approx(2 / 4)
+    assert distinct_n(["a b A b"], n=1) == pytest.approx(2 / 4)
+    assert distinct_n(["x", ""]) == 0.0
+    with pytest.raises(ValueError):
+        distinct_n(["a"], n=0)
+
+
+def test_mean_interval_by_hand():
+    # 1, 2, 3: s = 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3).
+    mean, (low, high) = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert (low, high) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+    for bad in ([1.0], [1.0, np.inf], []):
+        with pytest.raises(ValueError):
+            mean_interval(bad)

@@ -1,0 +1,67 @@
+"""metrics.jsonl and the console line."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from rlhf_ray.metrics import recorder as module
+from rlhf_ray.metrics.recorder import Recorder, console_line, read_history
+
+VALUES = {
+    "score": 0.614,
+    "judge_score": 0.72,
+    "kl_per_sequence": 6.31,
+    "entropy": 3.12,
+    "response_length": 37.2,
+    "clip_fraction": 0.041,
+    "seconds": {"rollout": 1.1, "score": 0.9, "update": 3.1, "weight_sync": 0.1},
+}
+
+
+def test_console_line():
+    assert console_line(12, 40, VALUES) == (
+        "ppo 12/40  score 0.61  judge 0.72  kl 6.3  entropy 3.1  len 37  clip 4%  "
+        "5.2 s (rollout 1.1 score 0.9 update 3.1 sync 0.1)"
+    )
+    assert console_line(3, None, {"score": float("nan"), "judge_score": None}) == "ppo 3  score nan"
+
+
+def test_lines_are_on_disk_at_once_and_appended(tmp_path, capsys):
+    run = tmp_path / "ppo"
+    assert read_history(run) == []
+    with Recorder(run, "disabled", "project", {"ppo": {"iterations": 2}}) as recorder:
+        recorder.log(1, VALUES)
+        assert [row["iteration"] for row in read_history(run)] == [1]
+    with Recorder(run, "disabled", "project", {}) as recorder:
+        recorder.log(
+            2, {"score": np.float32(0.5), "value_loss": float("inf"), "seconds": {"rollout": np.float64(1)}}
+        )
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"iteration": 1, **VALUES}
+    assert json.loads(lines[1]) == {
+        "iteration": 2,
+        "score": 0.5,
+        "value_loss": None,
+        "seconds": {"rollout": 1.0},
+    }
+    shown = capsys.readouterr().out
+    assert "ppo 1/2  score 0.61" in shown
+    assert len(shown.splitlines()) == 2  # one unwrapped line each
+
+
+def test_close_twice_and_no_wandb_where_disabled(tmp_path):
+    before = "wandb" in sys.modules
+    recorder = Recorder(tmp_path, "disabled", "project", {})
+    recorder.close()
+    recorder.close()
+    assert ("wandb" in sys.modules) == before
+    assert not hasattr(module, "wandb")
+
+
+@pytest.mark.timeout(120)
+def test_wandb_offline(tmp_path):
+    with Recorder(tmp_path, "offline", "project", {"seed": 0}) as recorder:
+        recorder.log(1, VALUES)
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
