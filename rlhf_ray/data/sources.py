@@ -1,0 +1,191 @@
+"""From `DataConfig` to data, whichever the source: the embedded reviews or the user's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from rlhf_ray.config.schema import DataConfig
+from rlhf_ray.data import formats, reviews
+from rlhf_ray.data.formats import Demonstration, Prompt
+from rlhf_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_ray.data.sentiment import SentimentClassifier, SimulatedLabeler
+
+T = TypeVar("T")
+PPO_PROMPTS_PER_REVIEW = 4
+
+# The keys of DataConfig that each stage reads when data.source=files; eval falls back where it says so.
+NEEDS = {
+    "pretrain": ["texts", "eval_texts"], "sft": ["demonstrations"], "compare": [], "rm": ["demonstrations"],
+    "ppo": ["ppo_prompts"], "eval": ["eval_prompts", "eval_texts"],
+}
+
+
+class TaskData(Protocol):
+    """What the stages read. A member that the source lacks raises UserError naming the key to set."""
+
+    def demonstrations(self) -> list[Demonstration]: ...
+    def compare_prompts(self) -> list[Prompt]: ...
+    def ppo_prompts(self) -> list[Prompt]: ...
+    def eval_prompts(self) -> list[Prompt]: ...
+    def texts(self) -> list[str]: ...
+    def eval_texts(self) -> list[str]: ...
+    def fingerprint(self) -> str: ...
+    def counts(self) -> dict[str, int]: ...
+    def save_split(self, path: Path) -> None: ...
+    def labeler(self, scale: float) -> SimulatedLabeler: ...
+    def labeler_accuracy(self) -> dict[str, Any]: ...
+    def judge(self) -> SentimentClassifier | None: ...
+    def judge_accuracy(self) -> dict[str, Any]: ...
+
+
+class FileData:
+    """The user's files, read when they are asked for."""
+
+    def __init__(self, cfg: DataConfig):
+        self.cfg = cfg
+
+    def demonstrations(self) -> list[Demonstration]:
+        return self._read("demonstrations", formats.read_demonstrations)
+
+    def compare_prompts(self) -> list[Prompt]:
+        return self._read("compare_prompts", formats.read_prompts)
+
+    def ppo_prompts(self) -> list[Prompt]:
+        return self._read("ppo_prompts", formats.read_prompts)
+
+    def eval_prompts(self) -> list[Prompt]:
+        return self._read("eval_prompts", formats.read_prompts)
+
+    def texts(self) -> list[str]:
+        return self._read("texts", formats.read_texts)
+
+    def eval_texts(self) -> list[str]:
+        return self._read("eval_texts", formats.read_texts)
+
+    def fingerprint(self) -> str:
+        """Hash of the configuration and of size and time of every file it names."""
+        facts: dict[str, Any] = {}
+        for key, value in sorted(vars(self.cfg).items()):
+            facts[key] = value
+            if isinstance(value, str) and not value.startswith("hf://") and Path(value).is_file():
+                status = Path(value).stat()
+                facts[key] = [value, status.st_size, status.st_mtime_ns]
+        return _sha256(facts)
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def save_split(self, path: Path) -> None:
+        """Files are split by whoever made them: nothing to write down."""
+
+    def labeler(self, scale: float) -> SimulatedLabeler:
+        raise UserError("the simulated labeler knows movie reviews only: set compare.ranker=file and data.comparisons")
+
+    def labeler_accuracy(self) -> dict[str, Any]:
+        return {}
+
+    def judge(self) -> SentimentClassifier | None:
+        """There is no independent judge for data that we do not know."""
+        return None
+
+    def judge_accuracy(self) -> dict[str, Any]:
+        return {}
+
+    def _read(self, key: str, reader: Callable[[str], list[T]]) -> list[T]:
+        source = getattr(self.cfg, key)
+        if source is None:
+            raise UserError(f"data.{key} is not set: give a path or hf://NAME")
+        return reader(source)
+
+
+class ReviewData:
+    """The embedded movie reviews."""
+
+    def __init__(self, cfg: DataConfig):
+        self.seed = cfg.split_seed
+
+    @cached_property
+    def all(self) -> list[reviews.Review]:
+        return reviews.load_reviews()
+
+    @cached_property
+    def split(self) -> reviews.ReviewSplit:
+        return reviews.split_reviews(self.all, self.seed)
+
+    def demonstrations(self) -> list[Demonstration]:
+        return reviews.demonstrations(self.all, self.split.parts["demonstrations"], self.seed)
+
+    def compare_prompts(self) -> list[Prompt]:
+        return reviews.prompts(self.all, self.split.parts["compare"], self.seed)
+
+    def ppo_prompts(self) -> list[Prompt]:
+        return reviews.prompts(self.all, self.split.parts["ppo"], self.seed, PPO_PROMPTS_PER_REVIEW)
+
+    def eval_prompts(self) -> list[Prompt]:
+        return reviews.prompts(self.all, self.split.parts["held_out"], self.seed)
+
+    def texts(self) -> list[str]:
+        return reviews.texts(self.all, self.split.parts["base"])
+
+    def eval_texts(self) -> list[str]:
+        return reviews.texts(self.all, self.split.parts["held_out"])
+
+    def fingerprint(self) -> str:
+        return _sha256([self.split.corpus_sha256, self.seed])
+
+    def counts(self) -> dict[str, int]:
+        """Documents in each part."""
+        return {name: len(ids) for name, ids in self.split.parts.items()}
+
+    def save_split(self, path: Path) -> None:
+        self.split.save(path)
+
+    @cached_property
+    def _classifiers(self) -> tuple[SentimentClassifier, SentimentClassifier]:
+        from rlhf_ray.data.sentiment import fit_labeler_and_judge
+
+        return fit_labeler_and_judge(self.all, self.split, self.seed)
+
+    def labeler(self, scale: float) -> SimulatedLabeler:
+        from rlhf_ray.data.sentiment import SimulatedLabeler
+
+        return SimulatedLabeler(self._classifiers[0], scale)
+
+    def labeler_accuracy(self) -> dict[str, Any]:
+        return self._classifiers[0].held_out
+
+    def judge(self) -> SentimentClassifier | None:
+        return self._classifiers[1]
+
+    def judge_accuracy(self) -> dict[str, Any]:
+        return self._classifiers[1].held_out
+
+
+def _sha256(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def load_task_data(cfg: DataConfig) -> TaskData:
+    return ReviewData(cfg) if cfg.source == "reviews" else FileData(cfg)
+
+
+def check_paths(cfg: DataConfig, stage: str) -> None:
+    """Before anything starts: the files that a stage reads are named and exist. Reads nothing.
+
+    Raises UserError naming the key.
+    """
+    keys: Sequence[str] = NEEDS.get(stage, []) if cfg.source == "files" else []
+    for key in dict.fromkeys([*keys, "comparisons", "compare_prompts", "texts"]):
+        source = getattr(cfg, key)
+        if source is None:
+            if key in keys:
+                raise UserError(f"data.{key} is not set, and {stage} needs it: give a path or hf://NAME")
+        elif not source.startswith("hf://") and not Path(source).is_file():
+            raise UserError(f"data.{key}={source}: no such file")
