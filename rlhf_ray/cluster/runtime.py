@@ -1,5 +1,6 @@
 """Ray: start a private one or join a cluster, and leave nothing behind."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +11,18 @@ from rlhf_ray.config.schema import ClusterConfig, Config
 from rlhf_ray.core.layout import NodeResources
 from rlhf_ray.errors import UserError
 
+JUDGE_CPUS = 0.1  # it only watches
+
 
 def roles_cpus(cfg: Config) -> int:
-    """CPU slots that all roles together ask for, rounded up."""
+    """CPU slots that the roles of the hungriest stage ask for, rounded up."""
     r = cfg.roles
     total = (
         r.generator.replicas * r.generator.cpus + r.reward.replicas * r.reward.cpus
         + r.reference.replicas * r.reference.cpus + r.policy.ranks * r.policy.cpus + r.critic.ranks * r.critic.cpus
+        + JUDGE_CPUS
     )
-    return int(max(total, r.supervised.ranks * r.supervised.cpus, r.generator.replicas * r.generator.cpus) + 0.999)
+    return math.ceil(max(total, r.supervised.ranks * r.supervised.cpus))
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 Every problem is one UserError that names file, line, key, and what is expected there.
 """
 
+import codecs
 import json
-import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             where = f"{path}:{number}"
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors write one
             try:
                 line = raw.decode("utf-8")
                 row = json.loads(line) if line.strip() else None
@@ -85,22 +88,27 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             data = load_dataset(name, split=split or "train")
         except Exception as error:  # the hub has many ways to fail; all of them are the user's to mend
-            raise UserError(f"cannot load the dataset {source}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"cannot load the dataset {source}: {_first_line(error)}") from error
         yield from ((f"{source} row {i}", dict(row)) for i, row in enumerate(data))
     elif source.endswith(".parquet"):
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if not Path(source).is_file():
             raise UserError(f"{source} does not exist")
         try:
             rows = pq.read_table(source).to_pylist()
-        except OSError as error:  # pyarrow's errors for a broken file
-            raise UserError(f"{source}: not a Parquet file ({str(error).splitlines()[0]})") from error
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{source}: not a Parquet file ({_first_line(error)})") from error
         yield from ((f"{source} row {i}", row) for i, row in enumerate(rows))
-    elif source.endswith((".jsonl", ".json")):
+    elif source.endswith(".jsonl"):
         yield from read_jsonl(source)
     else:
         raise UserError(f"{source}: expected a .jsonl or .parquet file, or hf://NAME[:SPLIT]")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _read(source: str, parse: Callable[[str, dict[str, Any]], T]) -> list[T]:
@@ -131,11 +139,14 @@ def read_texts(source: str) -> list[str]:
         return _read(source, lambda where, row: _string(where, row, "text"))
     if not Path(source).is_file():
         raise UserError(f"{source} does not exist")
+    raw = Path(source).read_bytes()
     try:
-        text = Path(source).read_bytes().decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 at byte {error.start}") from error
-    documents = [" ".join(d.split("\n")).strip() for d in text.split("\n\n")]
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{source}:{line}: not UTF-8 ({error.reason})") from error
+    # Lines end in \n or \r\n, and a blank line may hold spaces.
+    documents = [d.strip() for d in re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n"))]
     documents = [d for d in documents if d]
     if not documents:
         raise UserError(f"{source} is empty: expected at least one document")
@@ -149,6 +160,13 @@ def _string(where: str, row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: `{key}` must be a string that is not empty, got {value!r:.60}")
+    return _encodable(where, key, value)
+
+
+def _encodable(where: str, key: str, value: str) -> str:
+    """JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: `{key}` holds half of a surrogate pair, which is no character")
     return value
 
 
@@ -167,11 +185,11 @@ def _messages(where: str, row: dict[str, Any], last: str) -> Turns:
 
 
 def _prompt(where: str, row: dict[str, Any]) -> Prompt:
-    if isinstance(row.get("messages"), list):
+    if row.get("messages") is not None:
         return Prompt(_messages(where, row, "user"))
     if isinstance(row.get("prompt"), list):
         return Prompt(_messages(where, {"messages": row["prompt"]}, "user"))
-    key = "instruction" if "instruction" in row and "prompt" not in row else "prompt"
+    key = "prompt" if row.get("instruction") is None else "instruction"
     extra = row.get("input") or None
     if extra is not None and not isinstance(extra, str):
         raise UserError(f"{where}: `input` must be a string, got {extra!r:.60}")
@@ -179,12 +197,13 @@ def _prompt(where: str, row: dict[str, Any]) -> Prompt:
 
 
 def _demonstration(where: str, row: dict[str, Any]) -> Demonstration:
-    if "messages" in row and "prompt" not in row:
+    if row.get("messages") is not None:  # a Parquet column may be there and null
         turns = _messages(where, row, "assistant")
-        if len(turns) < 2:
-            raise UserError(f"{where}: `messages` needs a user's message before the assistant's")
+        if len(turns) < 2 or turns[-2].role != "user":
+            raise UserError(f"{where}: `messages` needs a user's message before the last one, the assistant's")
         return Demonstration(Prompt(turns[:-1]), turns[-1].content)
-    return Demonstration(_prompt(where, row), _string(where, row, "output" if "output" in row else "response"))
+    key = "response" if row.get("output") is None else "output"
+    return Demonstration(_prompt(where, row), _string(where, row, key))
 
 
 def _comparison(where: str, row: dict[str, Any]) -> Comparison:
@@ -197,7 +216,10 @@ def _comparison(where: str, row: dict[str, Any]) -> Comparison:
         raise UserError(f"{where}: `ranks` must be a list of whole numbers from 1 (best) on, got {ranks!r:.60}")
     if len(ranks) != len(responses):
         raise UserError(f"{where}: {len(responses)} `responses` but {len(ranks)} `ranks`: one rank for each response")
-    return Comparison(_prompt(where, row), tuple(responses), tuple(ranks), str(row.get("labeler", "unknown")))
+    labeler = "unknown" if row.get("labeler") is None else _string(where, row, "labeler")
+    for r in responses:  # these may be empty: a model may say nothing
+        _encodable(where, "responses", r)
+    return Comparison(_prompt(where, row), tuple(responses), tuple(ranks), labeler)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -220,4 +242,4 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)

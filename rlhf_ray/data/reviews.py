@@ -26,7 +26,9 @@ PARTS = {"base": 0.62, "demonstrations": 0.16, "compare": 0.06, "ppo": 0.06, "he
 
 OPENING_WORDS = (4, 10)  # shortest and longest opening
 CONTINUATION_WORDS = (8, 32)
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[\"'(]*[A-Za-z0-9])")
+# Not after a title or an initial, and with the closing quotes and brackets that belong to the sentence.
+_SENTENCE = re.compile(r"""\S.*?[.!?]["')\]]*(?<!\b[A-Z]\.)(?<!\b[DMSJ]r\.)(?<!\bM[rs]s\.)(?<!\bMs\.)(?<!\bSt\.)"""
+                       r"""(?<!\bvs\.)(?<!\betc\.)(?=\s+["'(]*[A-Za-z0-9]|\s*$)""")
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def passages(text: str, rng: np.random.Generator, limit: int) -> list[tuple[str,
     A pair is whole sentences: it begins where a sentence begins and ends where one ends. Openings have 4 to 10
     words, continuations 8 to 32.
     """
-    sentences = [s.split() for s in _SENTENCE_END.split(text)]
+    sentences = [s.split() for s in _SENTENCE.findall(text)]  # a last one that does not end is left out
     pairs: list[tuple[str, str]] = []
     i = 0
     while i < len(sentences) and len(pairs) < limit:
@@ -126,7 +128,7 @@ def passages(text: str, rng: np.random.Generator, limit: int) -> list[tuple[str,
             words += sentences[j]
             if len(words) - opening > CONTINUATION_WORDS[1]:
                 break
-            if len(words) - opening >= CONTINUATION_WORDS[0] and words[-1][-1] in ".!?\"')":
+            if len(words) - opening >= CONTINUATION_WORDS[0]:
                 end = j + 1
         if not end:
             i += 1
@@ -141,7 +143,9 @@ def _prompt(opening: str) -> Prompt:
     return Prompt((Message("user", INSTRUCTION + opening),))
 
 
-def demonstrations(reviews: Sequence[Review], documents: np.ndarray, seed: int, per_document: int = 4) -> list[Demonstration]:
+def demonstrations(
+    reviews: Sequence[Review], documents: np.ndarray, seed: int, per_document: int = 4
+) -> list[Demonstration]:
     """Continuations as people wrote them, in a random order."""
     rng = np.random.default_rng((seed, 11))
     found = [Demonstration(_prompt(opening), continuation)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ NEEDS = {
     "pretrain": ["texts", "eval_texts"], "sft": ["demonstrations"], "compare": [], "rm": ["demonstrations"],
     "ppo": ["ppo_prompts"], "eval": ["eval_prompts", "eval_texts"],
 }
+MAY_NEED = {"compare": ["comparisons"], "ppo": ["texts"]}  # by other options; looked at if they are set
 
 
 class TaskData(Protocol):
@@ -96,7 +97,7 @@ class FileData:
         return None
 
     def judge_accuracy(self) -> dict[str, Any]:
-        return {}
+        return {"held_out_accuracy": None}
 
     def _read(self, key: str, reader: Callable[[str], list[T]]) -> list[T]:
         source = getattr(self.cfg, key)
@@ -108,8 +109,8 @@ class FileData:
 class ReviewData:
     """The embedded movie reviews."""
 
-    def __init__(self, cfg: DataConfig):
-        self.seed = cfg.split_seed
+    def __init__(self, seed: int):
+        self.seed = seed
 
     @cached_property
     def all(self) -> list[reviews.Review]:
@@ -173,7 +174,13 @@ def _sha256(facts: Any) -> str:
 
 
 def load_task_data(cfg: DataConfig) -> TaskData:
-    return ReviewData(cfg) if cfg.source == "reviews" else FileData(cfg)
+    """The data of a run; the stages of a pipeline share what was read and fitted."""
+    return _review_data(cfg.split_seed) if cfg.source == "reviews" else FileData(cfg)
+
+
+@cache
+def _review_data(seed: int) -> ReviewData:
+    return ReviewData(seed)
 
 
 def check_paths(cfg: DataConfig, stage: str) -> None:
@@ -181,8 +188,8 @@ def check_paths(cfg: DataConfig, stage: str) -> None:
 
     Raises UserError naming the key.
     """
-    keys: Sequence[str] = NEEDS.get(stage, []) if cfg.source == "files" else []
-    for key in dict.fromkeys([*keys, "comparisons", "compare_prompts", "texts"]):
+    keys = NEEDS.get(stage, []) if cfg.source == "files" else []
+    for key in [*keys, *MAY_NEED.get(stage, [])]:
         source = getattr(cfg, key)
         if source is None:
             if key in keys:

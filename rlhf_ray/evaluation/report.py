@@ -77,18 +77,18 @@ def validate_report(report: Mapping[str, Any], baselines: Sequence[str] = ("base
     labeler.(held_out_accuracy, self_agreement, noise_ceiling), rm.(val_accuracy, ci95),
     win_rate.ppo_vs_<baseline>.(wins, ties, losses, rate, ci95, n), (judge_score, rm_score, distinct_2,
     held_out_loss, mean_length).<model>, kl_per_sequence, actors[i].(role, class, node, pid), versions, seed.
-    `labeler` may be None: people made the rankings. `config` and `data`, if there, must be text and a
+    `labeler` may be None: people made the rankings; so may judge.held_out_accuracy: no judge but the reward model. `config` and `data`, if there, must be text and a
     mapping. Numbers must be finite.
     """
     for path in (
         "total_seconds",
         "peak_rss_gib",
-        "judge.held_out_accuracy",
         "rm.val_accuracy",
         "kl_per_sequence",
     ):
         _need(report, path, _is_number, "a finite number")
     _need(report, "rm.ci95", _is_interval, "two ascending numbers")
+    _need(report, "judge.held_out_accuracy", lambda x: x is None or _is_number(x), "a finite number or null")
     for name in _need(report, "stages", _is_filled_mapping, "a mapping with at least one stage"):
         _need(report, f"stages.{name}.seconds", _is_number, "a finite number")
     labeler = _need(report, "labeler", lambda x: x is None or isinstance(x, Mapping), "a mapping or null")

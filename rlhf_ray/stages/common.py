@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import Config
+from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.metrics.memory import RssSampler
 from rlhf_ray.metrics.progress import console
 
@@ -87,6 +88,7 @@ def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "stage.json").unlink(missing_ok=True)
     (directory / "config.yaml").write_text(to_yaml(cfg))
+    load_task_data(cfg.data).save_split(directory.parent / "split.json")
     console.rule(f"[bold]{name}")
     started, record = time.monotonic(), StageRecord(name)
     with RssSampler() as memory:

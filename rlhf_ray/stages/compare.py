@@ -48,7 +48,7 @@ def simulate(cfg: Config, task_data: TaskData, record: StageRecord) -> None:
         ranker="simulated", comparisons=len(comparisons), dropped=dropped, actors=actors,
         responses_per_prompt=c.responses_per_prompt, data=task_data.fingerprint(),
         labeler={
-            "held_out_accuracy": task_data.labeler_accuracy(),
+            **task_data.labeler_accuracy(),
             "self_agreement": float(np.mean(agreement)),
             "self_agreement_between_people": 0.73,  # InstructGPT, section 3.4: between training labelers
             "noise_ceiling": float(np.mean(ceiling)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 
 from rlhf_ray.actors.generator import Generator
 from rlhf_ray.actors.scorers import ReferenceModel, RewardModel
@@ -61,8 +62,6 @@ def evaluate(cfg: Config, record: StageRecord) -> None:
     judge = task_data.judge()
     layout = roles.layout_of(cfg, ["generator", "reference", "reward"])
     with session(cfg), Cast(layout, cfg.cluster) as cast:
-        import ray
-
         generators = roles.generators(cast, cfg, models["sft"], ray.put(prompts), roles.sync_backend(cfg))
         scorers, reward = roles.reference_models(cast, cfg, models["sft"]), roles.reward_models(cast, cfg, str(paths.reward))
         actors = cast.ready()
@@ -123,9 +122,8 @@ def _record(
         for other in e.baselines
     }
     record.add(
-        judge={"held_out_accuracy": task_data.judge_accuracy(),
-               "is": "a classifier fitted on the other half of the human labels" if task_data.judge()
-               else "the reward model itself: not independent of training"},
+        judge={**task_data.judge_accuracy(), "is": "a classifier fitted on the other half of the human labels"
+               if task_data.judge() else "the reward model itself: not independent of training"},
         win_rate=wins, judge_score=each(lambda a: a.judge.mean()), rm_score=each(lambda a: a.rm.mean()),
         distinct_2=each(lambda a: distinct_n(a.texts, 2)), held_out_loss=each(lambda a: a.held_out_loss),
         mean_length=each(lambda a: a.lengths.mean()), kl_per_sequence=float(answers["ppo"].kl.mean()),

@@ -1,13 +1,14 @@
 """The report of a run, put together from what its stages left behind."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import STAGES, Config
-from rlhf_ray.evaluation.report import write_report
+from rlhf_ray.data.sources import load_task_data
+from rlhf_ray.evaluation.report import validate_report, write_report
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.metrics.recorder import read_history
 from rlhf_ray.stages.common import Paths
 from rlhf_ray.versions import installed
 
@@ -29,11 +30,12 @@ def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
         "stages": {name: {"seconds": r["seconds"], "peak_rss_gib": r["peak_rss_gib"]} for name, r in records.items()},
         "peak_rss_gib": max(r["peak_rss_gib"] for r in records.values()),
         "judge": evaluated["judge"],
-        "labeler": compared.get("labeler", {}),
+        "labeler": compared.get("labeler"),
         "rm": {k: rm[k] for k in ("val_accuracy", "ci95", "val_pairs", "val_prompts", "score_shift") if k in rm},
         **{k: evaluated[k] for k in ("win_rate", "judge_score", "rm_score", "distinct_2", "held_out_loss",
                                      "mean_length", "kl_per_sequence")},
         "actors": actors,
+        "data": load_task_data(cfg.data).counts(),
         "versions": installed(),
         "seed": cfg.seed,
         "config": to_yaml(cfg),
@@ -43,8 +45,7 @@ def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
 def publish(cfg: Config, total_seconds: float | None = None) -> None:
     """Write report.json and report.html into the run's directory."""
     paths = Paths(cfg)
-    log = paths.stage("ppo") / "metrics.jsonl"
-    history = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    samples = (stage_record(cfg, "eval") or {}).get("samples", [])
-    write_report(build(cfg, total_seconds), history, samples, Path(paths.root))
+    report, samples = build(cfg, total_seconds), (stage_record(cfg, "eval") or {}).get("samples", [])
+    write_report(report, read_history(paths.stage("ppo")), samples, paths.root)
+    validate_report(report, cfg.eval.baselines)
     console.print(f"report: {paths.root / 'report.html'}")

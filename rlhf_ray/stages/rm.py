@@ -94,7 +94,7 @@ def run(cfg: Config) -> None:
             shift = float(scores[data.groups >= count].mean())
             trained.group.call(SupervisedLearner.save, str(paths.reward), cfg.model.dtype, {SCORE_SHIFT: shift})
             correct, total = pair_counts(data, val, scores)
-            accuracy, interval = cluster_interval(correct, total)
+            accuracy, interval = correct.sum() / total.sum(), cluster_interval(correct, total, seed=cfg.seed)
             record.add(
                 val_accuracy=accuracy, ci95=list(interval), val_loss=trained.val["loss"], val_prompts=len(val),
                 val_pairs=int(total.sum()), comparisons=count, dropped=dropped, score_shift=shift,

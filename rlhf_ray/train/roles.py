@@ -11,12 +11,12 @@ from rlhf_ray.actors.generator import Generator
 from rlhf_ray.actors.learners import CriticLearner, PolicyLearner
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.cluster.runtime import JUDGE_CPUS
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.layout import Layout, RoleRequest, check_sync_backend, default_sync_backend, plan_layout
 from rlhf_ray.engines.learner import Rank, free_port
 from rlhf_ray.errors import UserError
 
-JUDGE_CPUS = 0.1  # it only watches
 
 
 def layout_of(cfg: Config, roles: Sequence[str]) -> Layout:
