@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -27,9 +28,11 @@ from rlhf_ray.core.ragged import PackedRows, pack, pad, take, unpad
 from rlhf_ray.core.rewards import apply_truncation, token_rewards
 from rlhf_ray.core.types import RolloutBatch, TokenDataset, TrainBatch
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.engines.weight_sync import WeightSender
 from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, save_model, score_shift
 from rlhf_ray.models.modules import CausalLM, ScalarModel
+
+if TYPE_CHECKING:
+    from rlhf_ray.engines.weight_sync import WeightSender
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ class PolicyLearner(_PPOLearner):
     ):
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
-        self.path, self.cfg, self.dtype, self.algorithm, self.temperature = path, cfg, model.dtype, algorithm, temperature
-        self.row_length, self.ptx, self.address_of_rank_0 = model.max_length, ptx, where.master_address
+        self.path, self.cfg, self.dtype, self.row_length = path, cfg, model.dtype, model.max_length
+        self.algorithm, self.temperature, self.ptx = algorithm, temperature, ptx
+        self.address_of_rank_0 = where.master_address
         self.model = load_causal_lm(path, model)
         if model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -164,27 +168,25 @@ class PolicyLearner(_PPOLearner):
         Losses are means over the windows; entropy is not trained on.
         """
         data: list[TrainBatch] = ray.get(list(batches))
-        a, report = self.algorithm, np.zeros(8)
-        norms = []
+        report = np.zeros(8)
         for window in windows:
             rollouts = self._train_rows(data, window.rollouts)
             ptx = self._ptx_rows(window.ptx)
             tokens, ptx_tokens = self.learner.sum(float(rollouts.in_response.sum()), float(ptx.in_loss.sum()))
             sums = np.zeros(5)
-            micro = [MicroBatch(rows, lambda r, rows=rows: self._policy_loss(r, rows, rollouts, tokens, sums))
+            micro = [MicroBatch(rows, partial(self._policy_loss, rows=rows, data=rollouts, tokens=tokens, sums=sums))
                      for rows in self._pack(rollouts.ids, rollouts.lengths)]
-            micro += [MicroBatch(rows, lambda r, rows=rows: self._ptx_loss(r, rows, ptx, ptx_tokens, sums))
+            micro += [MicroBatch(rows, partial(self._ptx_loss, rows=rows, data=ptx, tokens=ptx_tokens, sums=sums))
                       for rows in self._pack(ptx.ids, ptx.lengths)]
             result = self.learner.step(micro)
             loss, clipped, kl, clamped, ptx_loss = self.learner.sum(*sums)
             report += [loss, clipped / tokens, kl / tokens, clamped, ptx_loss, result["grad_norm"], result["lr"],
                        result["skipped"]]
-            norms.append(result["grad_norm"])
-        loss, clip, kl, clamped, ptx_loss, norm, lr, skipped = report / len(windows)
+        loss, clip, kl, clamped, ptx_loss, norm, lr, skipped = (report / len(windows)).tolist()
         out = {"policy_loss": loss, "clip_fraction": clip, "update_kl_per_token": kl,
                "clamped_tokens": clamped * len(windows), "policy_grad_norm": norm, "policy_lr": lr,
                "policy_skipped_steps": skipped * len(windows)}
-        return {k: float(v) for k, v in out.items()} | ({"ptx_loss": float(ptx_loss)} if a.ptx_coef else {})
+        return out | ({"ptx_loss": ptx_loss} if self.algorithm.ptx_coef else {})
 
     def _policy_loss(
         self, device_rows: PackedRows, rows: PackedRows, data: TrainBatch, tokens: float, sums: np.ndarray
@@ -219,6 +221,8 @@ class PolicyLearner(_PPOLearner):
     def connect(self, generators: Sequence[Any], workers_each: int, backend: str, bucket_mib: float,
                 timeout_s: float) -> None:
         """Open the wire to the generators."""
+        from rlhf_ray.engines.weight_sync import WeightSender  # imports vllm, which only these ranks need
+
         engines = RayEngines(generators, workers_each, timeout_s)
         observe = self._observe if self.algorithm.ema_decay and self.learner.rank == 0 else None
         self.sender = WeightSender(self.learner, engines, backend, self.address_of_rank_0, bucket_mib, observe)
@@ -255,7 +259,8 @@ class CriticLearner(_PPOLearner):
     ):
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
-        self.path, self.cfg, self.dtype, self.algorithm, self.row_length = path, cfg, model.dtype, algorithm, model.max_length
+        self.path, self.cfg, self.dtype, self.row_length = path, cfg, model.dtype, model.max_length
+        self.algorithm = algorithm
         self.model = load_scalar_model(path, model)
         self.learner = Learner(ScalarModel(self.model, score_shift(path)), cfg, optimizer, model.dtype, total_steps,
                                device)
@@ -287,7 +292,7 @@ class CriticLearner(_PPOLearner):
             (tokens,) = self.learner.sum(float(rollouts.in_response.sum()))
             sums = np.zeros(3)
             result = self.learner.step([
-                MicroBatch(rows, lambda r, rows=rows: self._value_loss(r, rows, rollouts, tokens, sums))
+                MicroBatch(rows, partial(self._value_loss, rows=rows, data=rollouts, tokens=tokens, sums=sums))
                 for rows in self._pack(rollouts.ids, rollouts.lengths)
             ])
             loss, clipped, squares = self.learner.sum(*sums)

@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ class SupervisedLearner(Role):
         self.starts = offsets(data.lengths)
         self.dropout, self.autocast = dropout, autocast
         if objective == "ranking":
-            self.model = load_scalar_model(path, model, seed)
+            self.model = load_scalar_model(path, model)
             module: torch.nn.Module = ScalarModel(self.model)
         else:
             self.model = load_causal_lm(path, model, attention_dropout=dropout)
@@ -47,7 +49,7 @@ class SupervisedLearner(Role):
         total = self.learner.sum(denominator)[0]
         sums = [0.0, 0.0, 0.0]
         result = self.learner.step(
-            [MicroBatch(b, lambda r, b=b, e=e: self._loss(r, e, total, sums)) for b, e in batches],
+            [MicroBatch(b, partial(self._loss, extra=e, total=total, sums=sums)) for b, e in batches],
             dropout=self.dropout > 0,
         )
         loss, correct, pairs = self.learner.sum(*sums)
@@ -78,8 +80,6 @@ class SupervisedLearner(Role):
         """Write a Hugging Face directory (rank 0; the others take part in the gather)."""
         weights = self.learner.weights()
         if self.learner.rank == 0:
-            from pathlib import Path
-
             save_model(self.model, weights, load_tokenizer(self.path), Path(path), dtype, **config)
         else:
             for _ in weights:
@@ -87,17 +87,17 @@ class SupervisedLearner(Role):
 
     # ----------------------------------------------------------------------------------------------------------
 
-    def _batches(self, rows: Sequence[int]) -> tuple[list[tuple[PackedRows, tuple]], float]:
+    def _batches(self, units: Sequence[int]) -> tuple[list[tuple[PackedRows, tuple]], float]:
         """Packed micro-batches with what their loss needs, and this rank's part of the loss denominator."""
         d = self.data
         if isinstance(d, TokenDataset):
-            chosen = np.asarray(rows, dtype=np.int64)
+            chosen = np.asarray(units, dtype=np.int64)
             weights = take(d.in_loss, d.lengths, chosen)
             packed = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length,
                           self.cfg.micro_batch_tokens)
             return [(p, (p.pick(weights, False),)) for p in packed], float(weights.sum())
         batches: list[tuple[PackedRows, tuple]] = []
-        members = [np.flatnonzero(d.groups == g) for g in rows]
+        members = [np.flatnonzero(d.groups == g) for g in units]
         while members:  # whole prompts, as many as fit the token budget, in one rectangle
             chunk, size = [members.pop(0)], 0
             size = int(d.lengths[chunk[0]].sum())
@@ -105,9 +105,9 @@ class SupervisedLearner(Role):
                 size += int(d.lengths[members[0]].sum())
                 chunk.append(members.pop(0))
             chosen = np.concatenate(chunk)
-            (packed,) = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length, 1 << 60)
-            batches.append((packed, (chosen,)))
-        return batches, float(len(rows))
+            (rows,) = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length, 1 << 60)
+            batches.append((rows, (chosen,)))
+        return batches, float(len(units))
 
     def _last_tokens(self, batch: PackedRows, chosen: np.ndarray) -> Tensor:
         """Places of the last token of each chosen sequence in the flattened rectangle: int64 [len(chosen)]."""

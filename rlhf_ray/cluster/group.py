@@ -118,6 +118,7 @@ class Cast:
             num_cpus=0, scheduling_strategy=self._in_bundle(role, 0)).remote(), timeout=self.cfg.start_timeout_s))
 
     def _in_bundle(self, role: str, index: int) -> PlacementGroupSchedulingStrategy:
+        assert self._placement is not None, "a Cast is used inside its `with` block"
         return PlacementGroupSchedulingStrategy(
             self._placement, placement_group_bundle_index=self.layout.assignment[role, index])
 
@@ -127,7 +128,7 @@ class Cast:
         """Start one actor per argument tuple, with its share of the layout; they come up side by side: see `ready`."""
         actors = []
         for i, args in enumerate(per_actor):
-            options = ray.remote(actor_class).options(
+            options: Any = ray.remote(actor_class).options(
                 name=f"{role}-{i}-{os.getpid()}-{id(self):x}",
                 num_cpus=self.layout.shares[role, i].cpus,
                 num_gpus=self.layout.shares[role, i].gpus,

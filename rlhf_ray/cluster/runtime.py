@@ -1,5 +1,6 @@
 """Ray: start a private one or join a cluster, and leave nothing behind."""
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def session(cfg: Config) -> Iterator[None]:
 def _connect(cluster: ClusterConfig, cfg: Config) -> None:
     if cluster.address != "local":
         try:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="WARNING")
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         except ConnectionError as error:
             raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there; start one with "
                             "`ray start --head`, or set cluster.address=local") from error
@@ -60,7 +61,7 @@ def _connect(cluster: ClusterConfig, cfg: Config) -> None:
         include_dashboard=cluster.dashboard,
         dashboard_host="127.0.0.1",
         log_to_driver=False,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
         _system_config={"prestart_worker_first_driver": False},
     )
 

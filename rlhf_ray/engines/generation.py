@@ -6,7 +6,7 @@ The only file besides `weight_sync` that imports vllm.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class GenerationEngine:
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.threads)
         self.llm: Any = LLM(
-            path, dtype=model.dtype, max_model_len=model.max_length, enforce_eager=cfg.enforce_eager,
+            path, dtype=cast(Any, model.dtype), max_model_len=model.max_length, enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.tensor_parallel_size, max_num_seqs=cfg.max_num_seqs,
             gpu_memory_utilization=cfg.gpu_memory_utilization, logprobs_mode="processed_logprobs", seed=seed,
             distributed_executor_backend="uni" if cfg.tensor_parallel_size == 1 else "mp",

@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
 from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
+from rlhf_ray.models.modules import CausalLM
 
 
 def free_port() -> int:
@@ -66,7 +68,7 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
 
 
 def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str) -> dict:
-    zero = {
+    zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": cfg.param_persistence_threshold,
         "overlap_comm": torch.cuda.is_available(),
@@ -182,11 +184,10 @@ class Learner:
 
     def any_output(self, rows: PackedRows) -> Tensor:
         """A forward pass like the others, whatever the kind of module."""
-        from rlhf_ray.models.modules import CausalLM
-
-        if isinstance(self.module, CausalLM):
-            return self.engine(rows.ids, rows.positions, torch.ones_like(rows.ids, dtype=torch.bool), 1.0)[0]
-        return self.engine(rows.ids, rows.positions)
+        wanted = (torch.ones_like(rows.ids, dtype=torch.bool), 1.0) if isinstance(self.module, CausalLM) else ()
+        output = self.engine(rows.ids, rows.positions, *wanted)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -214,10 +215,8 @@ def _hub_name(name: str) -> str:
     return name.removeprefix("model.")  # our wrappers hold the Hugging Face model as `.model`
 
 
-def _buckets(
-    parameters: Iterable[tuple[str, nn.Parameter]], limit: int
-) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket: list[tuple[str, nn.Parameter]] = []
+def _buckets(parameters: Iterable[tuple[str, Any]], limit: int) -> Iterator[list[tuple[str, Any]]]:
+    bucket: list[tuple[str, Any]] = []
     size = 0
     for name, p in parameters:
         if bucket and size + p.ds_numel * p.element_size() > limit:

@@ -68,8 +68,8 @@ class WorkerExtension:
         On CPU vLLM packs the head's weights for its matmul kernel. A reload brings only the embeddings (tied
         parameters travel once), and so the packed copy would stay what it was: fluent, and wrong.
         """
-        head = getattr(self.model_runner.get_model(), "lm_head", None)
-        method = getattr(head, "quant_method", None)
+        head: Any = getattr(self.model_runner.get_model(), "lm_head", None)
+        method: Any = getattr(head, "quant_method", None)
         if self.model_runner.model_config.hf_text_config.tie_word_embeddings and method is not None:
             method.process_weights_after_loading(head)
 
@@ -169,11 +169,12 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
             ParamMeta(name, getattr(torch, dtype), tuple(shape))
             for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         ]
+        model: Any = self.model
         for bucket in buckets(meta, self._bucket_bytes):
             flat = torch.empty(sum(_numel(m) for m in bucket), dtype=bucket[0].dtype)
             _broadcast(self._group, flat)
             parts = flat.split([_numel(m) for m in bucket])
-            self.model.load_weights([(m.name, p.view(m.shape)) for m, p in zip(bucket, parts, strict=True)])
+            model.load_weights([(m.name, p.view(m.shape)) for m, p in zip(bucket, parts, strict=True)])
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

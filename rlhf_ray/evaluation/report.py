@@ -77,7 +77,8 @@ def validate_report(report: Mapping[str, Any], baselines: Sequence[str] = ("base
     labeler.(held_out_accuracy, self_agreement, noise_ceiling), rm.(val_accuracy, ci95),
     win_rate.ppo_vs_<baseline>.(wins, ties, losses, rate, ci95, n), (judge_score, rm_score, distinct_2,
     held_out_loss, mean_length).<model>, kl_per_sequence, actors[i].(role, class, node, pid), versions, seed.
-    `labeler` may be None: people made the rankings; so may judge.held_out_accuracy: no judge but the reward model. `config` and `data`, if there, must be text and a
+    `labeler` may be None: people made the rankings; so may
+    judge.held_out_accuracy: there was no judge but the reward model. `config` and `data`, if there, must be text and a
     mapping. Numbers must be finite.
     """
     for path in (

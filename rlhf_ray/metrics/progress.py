@@ -30,4 +30,8 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[str], None]]:
                TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total, shown="")
-        yield lambda shown="": progress.update(task, advance=1, shown=shown)
+
+        def advance(shown: str = "") -> None:
+            progress.update(task, advance=1, shown=shown)
+
+        yield advance

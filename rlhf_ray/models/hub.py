@@ -1,13 +1,13 @@
 """Loading and saving Hugging Face models and tokenizers."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,7 +31,7 @@ def _found(path: str) -> str:
     return path
 
 
-def _load(kind: Any, path: str, cfg: ModelConfig, **options: Any) -> nn.Module:
+def _load(kind: Any, path: str, cfg: ModelConfig, **options: Any) -> Any:
     try:
         return kind.from_pretrained(
             _found(path), dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation, **options
@@ -41,16 +41,16 @@ def _load(kind: Any, path: str, cfg: ModelConfig, **options: Any) -> nn.Module:
                         "Hugging Face directory or a name that this machine can download") from error
 
 
-def load_causal_lm(path: str, cfg: ModelConfig, **options: Any) -> nn.Module:
+def load_causal_lm(path: str, cfg: ModelConfig, **options: Any) -> Any:
+    """A Hugging Face causal language model."""
     return _load(AutoModelForCausalLM, path, cfg, **options)
 
 
-def load_scalar_model(path: str, cfg: ModelConfig, seed: int = 0) -> nn.Module:
+def load_scalar_model(path: str, cfg: ModelConfig) -> Any:
     """A sequence-classification model with one output; a head that `path` lacks starts at zero.
 
     (A zero head makes the first scores 0 for all, so that no random direction is learnt from.)
     """
-    torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(_found(path))
     fresh = "ForCausalLM" in "".join(config.architectures or [])
     model = _load(AutoModelForSequenceClassification, path, cfg, num_labels=1)
@@ -81,7 +81,7 @@ def context_length(path: str) -> int | None:
 
 
 def save_model(
-    model: nn.Module, weights: Iterable[tuple[str, Tensor]], tokenizer: PreTrainedTokenizerBase, path: Path,
+    model: Any, weights: Iterable[tuple[str, Tensor]], tokenizer: PreTrainedTokenizerBase, path: Path,
     dtype: str, **config: Any,
 ) -> None:
     """Write a Hugging Face directory, whole or not at all. `config` goes into config.json."""
@@ -91,11 +91,9 @@ def save_model(
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    from safetensors.torch import save_file
-
     save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
     saved = model.config.to_dict() | {"dtype": dtype, "architectures": [type(model).__name__]} | config
     (temporary / "config.json").write_text(json.dumps(saved, indent=2, default=str) + "\n")
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    temporary.replace(path)

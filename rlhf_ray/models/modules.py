@@ -4,7 +4,8 @@ Both read packed rows (see `core.ragged`). DeepSpeed wraps these modules whole, 
 forward pass touches belongs to a child module that is *called*: that is what ZeRO-3's hooks rely on.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from rlhf_ray.core.logprobs import predictors, token_logprobs
@@ -24,9 +25,9 @@ class LogprobHead(nn.Module):
 class CausalLM(nn.Module):
     """A language model that answers with the log-probability of given tokens."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.model.lm_head = LogprobHead(model.get_output_embeddings().weight)
 
     def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -35,8 +36,9 @@ class CausalLM(nn.Module):
         The entry of a token is log p(token | those before it in its sequence), logits divided by `temperature`.
         The first token of a sequence has nothing before it: its entry is meaningless, do not want it.
         """
-        hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return self.model.lm_head(predictors(hidden)[wanted], ids[wanted], temperature)
+        logprobs, entropies = self.model.lm_head(
+            predictors(_hidden_states(self.model, ids, positions))[wanted], ids[wanted], temperature)
+        return logprobs, entropies
 
 
 class ScalarModel(nn.Module):
@@ -45,15 +47,15 @@ class ScalarModel(nn.Module):
     `shift` is subtracted from what the head says: the reward bias that was stored with the reward model.
     """
 
-    def __init__(self, model: nn.Module, shift: float = 0.0):
+    def __init__(self, model: Any, shift: float = 0.0):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.shift = shift
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions int64 [R, L] -> float32 [R, L]: the head's output after reading each token."""
-        hidden = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-        return self.model.score(hidden).squeeze(-1).float() - self.shift
+        scores: Tensor = self.model.score(_hidden_states(self.model, ids, positions))
+        return scores.squeeze(-1).float() - self.shift
 
     @staticmethod
     def values(outputs: Tensor) -> Tensor:
@@ -61,5 +63,6 @@ class ScalarModel(nn.Module):
         return predictors(outputs.unsqueeze(-1)).squeeze(-1)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _hidden_states(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
+    states: Tensor = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    return states

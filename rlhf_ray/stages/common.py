@@ -1,7 +1,6 @@
 """What all stages share: where things lie, and the record that each stage leaves."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def simulate(cfg: Config, task_data: TaskData, record: StageRecord) -> None:
                                  c.max_response_tokens, cfg.seed)
     labeler, rng = task_data.labeler(c.labeler_scale), np.random.default_rng((cfg.seed, 2))
     comparisons, agreement, ceiling = [], [], []
-    texts = [tokenizer.batch_decode(a, skip_special_tokens=True) for a in answers]
+    texts = [tokenizer.batch_decode([r.tolist() for r in a], skip_special_tokens=True) for a in answers]
     utilities = labeler.utilities([t.strip() for some in texts for t in some]).reshape(len(texts), -1)
     for prompt, responses, u in zip(kept, texts, utilities, strict=True):
         ranks = labeler.rank(u, rng, responses)

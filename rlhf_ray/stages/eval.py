@@ -63,7 +63,8 @@ def evaluate(cfg: Config, record: StageRecord) -> None:
     layout = roles.layout_of(cfg, ["generator", "reference", "reward"])
     with session(cfg), Cast(layout, cfg.cluster) as cast:
         generators = roles.generators(cast, cfg, models["sft"], ray.put(prompts), roles.sync_backend(cfg))
-        scorers, reward = roles.reference_models(cast, cfg, models["sft"]), roles.reward_models(cast, cfg, str(paths.reward))
+        scorers = roles.reference_models(cast, cfg, models["sft"])
+        reward = roles.reward_models(cast, cfg, str(paths.reward))
         actors = cast.ready()
         score = judge.log_odds if judge else None
         answers = {
@@ -84,7 +85,7 @@ def _examine(
     sampled = sample_answers(generators, prompts, f"eval {name}", 1, e.temperature, cfg.rollout.max_response_tokens,
                              cfg.seed + 1)
     responses = [r[0] for r in sampled]
-    texts = [t.strip() for t in tokenizer.batch_decode(responses, skip_special_tokens=True)]
+    texts = [t.strip() for t in tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)]
     starts = np.cumsum(prompts.lengths) - prompts.lengths
     whole = [np.concatenate([prompts.ids[s : s + n], r])
              for s, n, r in zip(starts, prompts.lengths, responses, strict=True)]

@@ -62,12 +62,10 @@ def run(cfg: Config) -> None:
                 policy.call(PolicyLearner.connect, generators.actors, cfg.roles.generator.tensor_parallel_size, backend,
                             cfg.weight_sync.bucket_mib, cfg.cluster.call_timeout_s)
             (paths.stage("ppo") / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of this stage
-            recorder = Recorder(paths.stage("ppo"), cfg.logging.wandb, cfg.logging.wandb_project, asdict(cfg))
-            try:
-                trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream, recorder)
-                trainer.run()
-            finally:
-                recorder.close()
+            log = cfg.logging
+            with Recorder(paths.stage("ppo"), log.wandb, log.wandb_project, asdict(cfg)) as recorder:
+                order = PromptStream(len(prompts), cfg.seed)
+                PPOTrainer(cfg, workers, policy, critic, order, stream, recorder).run()
             policy.call(PolicyLearner.save, str(paths.policy))
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,
                        actors=actors, data=task_data.fingerprint())

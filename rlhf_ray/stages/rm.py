@@ -57,7 +57,7 @@ def encode(
 
 
 def pair_counts(data: RankedDataset, groups: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per prompt: pairs that the scores [N] order as the labeler did (equal scores count half), and all untied pairs."""
+    """Per prompt: pairs that the scores [N] order as the labeler did (equal scores: half), and all untied pairs."""
     correct, total = [], []
     for group in groups:
         rows = np.flatnonzero(data.groups == group)
@@ -78,7 +78,8 @@ def run(cfg: Config) -> None:
         demonstrations = task_data.demonstrations()
         rng = np.random.default_rng((cfg.seed, 3))
         chosen = rng.permutation(len(demonstrations))[:SHIFT_DEMONSTRATIONS]
-        data, count, dropped = encode(read_comparisons(str(source)), [demonstrations[i] for i in chosen], cfg, tokenizer)
+        anchors = [demonstrations[i] for i in chosen]
+        data, count, dropped = encode(read_comparisons(str(source)), anchors, cfg, tokenizer)
         train, val = split_units(count, cfg.rm.val_fraction, cfg.seed)
         weights = np.bincount(data.groups, weights=data.lengths)
         task = Task(
@@ -100,5 +101,5 @@ def run(cfg: Config) -> None:
                 val_pairs=int(total.sum()), comparisons=count, dropped=dropped, score_shift=shift,
                 actors=trained.actors, data=task_data.fingerprint(),
             )
-            console.print(f"reward model orders {accuracy:.1%} [{interval[0]:.1%}, {interval[1]:.1%}] of held-out pairs "
-                          f"as the labeler did; demonstrations score 0 after a shift of {shift:+.3f}")
+            console.print(f"reward model orders {accuracy:.1%} [{interval[0]:.1%}, {interval[1]:.1%}] of held-out "
+                          f"pairs as the labeler did; demonstrations score 0 after a shift of {shift:+.3f}")

@@ -18,7 +18,6 @@ from rlhf_ray.engines.learner import Rank, free_port
 from rlhf_ray.errors import UserError
 
 
-
 def layout_of(cfg: Config, roles: Sequence[str]) -> Layout:
     """The placement of the named roles. Raises UserError when the numbers contradict each other."""
     r = cfg.roles

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray.actors.generator import Generator, Sample
+from rlhf_ray.actors.generator import Sample
 from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Group
@@ -71,7 +71,7 @@ class RolloutWorkers:
 
     def _shards(self, shares: list[list[Sample]], version: int) -> Iterator[tuple[Any, RolloutInfo]]:
         """Shard references and their numbers, from whichever generator has one ready."""
-        streams = {
+        streams: dict[Any, int] = {
             actor.rollout.options(num_returns="streaming").remote(share, version, self.temperature, self.max_tokens): i
             for i, (actor, share) in enumerate(zip(self.generators.actors, shares, strict=True)) if share
         }
@@ -80,17 +80,18 @@ class RolloutWorkers:
             ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
             if not ready:
                 raise TimeoutError(f"generators {sorted(streams.values())} delivered nothing in time")
-            for stream in ready:
+            for stream in list[Any](ready):
                 try:
                     shard = next(stream)
                 except StopIteration:
                     del streams[stream]
                     continue
                 try:
-                    yield shard, ray.get(next(stream))
+                    info: RolloutInfo = ray.get(next(stream))
                 except StopIteration:  # the generator failed: the one reference left holds its error
                     ray.get(shard)
                     raise
+                yield shard, info
                 deadline = time.monotonic() + self.generators.timeout_s
 
 

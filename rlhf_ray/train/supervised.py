@@ -90,13 +90,14 @@ def supervised(cfg: Config, task: Task, out_dir: Path) -> Iterator[Trained]:
         data = ray.put(task.data)
         group = cast.start(
             SupervisedLearner, "supervised",
-            [(where, task.objective, task.path, data, cfg.model, role, task.optimizer, steps, cfg.seed, task.dropout,
-              task.autocast, cfg.cluster.call_timeout_s) for where in learner_ranks(role.ranks, cast.address("supervised"))],
+            [(rank, task.objective, task.path, data, cfg.model, role, task.optimizer, steps, cfg.seed, task.dropout,
+              task.autocast, cfg.cluster.call_timeout_s)
+             for rank in learner_ranks(role.ranks, cast.address("supervised"))],
             role.threads,
         )
         actors = cast.ready()
         started = time.monotonic()
-        with progress_bar(task.name, steps) as bar, open(out_dir / "metrics.jsonl", "w") as log:
+        with progress_bar(task.name, steps) as bar, (out_dir / "metrics.jsonl").open("w") as log:
             for step, units in enumerate(batches(task.train, task.batch_size, steps, cfg.seed), start=1):
                 result = group.call_each(SupervisedLearner.train, deal(units, task.weights, len(group)))[0]
                 shown = f"loss {result['loss']:.3f}"

@@ -1,0 +1,164 @@
+"""Ragged batches and packed rows. Covers line 4 of the guide on correctness: masks come from lengths."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.core.ragged import offsets, one_token_rows, pack, pad, plan_rows, take, unpad
+from rlhf_ray.core.types import RolloutBatch
+
+FLAT = np.array([10, 11, 12, 20, 30, 31], dtype=np.int32)  # three sequences end to end
+LENGTHS = np.array([3, 1, 2], dtype=np.int32)
+
+
+def test_offsets_are_starts_and_one_end() -> None:
+    assert offsets(LENGTHS).tolist() == [0, 3, 4, 6]
+    assert offsets(np.array([], dtype=np.int32)).tolist() == [0]
+
+
+def test_offsets_do_not_overflow_the_type_of_the_lengths() -> None:
+    assert offsets(np.array([2**31 - 1, 2**31 - 1], dtype=np.int32)).tolist() == [0, 2**31 - 1, 2**32 - 2]
+
+
+def test_take_gives_whole_sequences_in_the_order_asked_for() -> None:
+    assert take(FLAT, LENGTHS, [2, 0]).tolist() == [30, 31, 10, 11, 12]
+    assert take(FLAT, LENGTHS, np.array([1, 1])).tolist() == [20, 20]
+    nothing = take(FLAT, LENGTHS, [])
+    assert len(nothing) == 0
+    assert nothing.dtype == FLAT.dtype
+
+
+def test_pad_puts_zeros_behind_and_unpad_takes_them_away() -> None:
+    values, mask = pad(FLAT, LENGTHS)
+    assert values.tolist() == [[10, 11, 12], [20, 0, 0], [30, 31, 0]]
+    assert mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert unpad(values, mask).tolist() == FLAT.tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.bool_])
+def test_padding_round_trip_keeps_values_and_type(dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 9, size=20)  # some sequences are empty
+    flat = rng.integers(0, 5, size=lengths.sum()).astype(dtype)  # zeros are values here, not padding
+    flat.flags.writeable = False  # as arrays from Ray's object store are
+    back = unpad(*pad(flat, lengths))
+    assert back.dtype == dtype
+    assert back.tolist() == flat.tolist()
+
+
+def test_padding_nothing() -> None:
+    values, mask = pad(np.zeros(0, np.float32), np.zeros(0, np.int32))
+    assert values.shape == mask.shape == (0, 0)
+
+
+# -- packing -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_filled_first_fit_decreasing() -> None:
+    """By hand, rows of 8: 7 opens row 0 (1 left), 5 row 1 (3 left), 4 row 2 (4 left); 3 fits row 1 first, 2 row 2."""
+    assert plan_rows(np.array([3, 7, 2, 5, 4]), 8) == [[1], [3, 0], [4, 2]]
+
+
+def test_equal_lengths_stay_in_order_and_a_row_may_be_full_to_the_last_place() -> None:
+    assert plan_rows(np.array([4, 4, 4, 4]), 8) == [[0, 1], [2, 3]]
+    assert plan_rows(np.array([], dtype=np.int64), 8) == []
+
+
+def test_a_sequence_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has 9 tokens; a row holds 8"):
+        plan_rows(np.array([3, 9]), 8)
+
+
+def test_pack_by_hand() -> None:
+    """Rows of 4 hold [sequence 0, sequence 1] and [sequence 2]: two micro-batches of one row, or one of two."""
+    first, second = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=4)
+    assert first.ids.tolist() == [[10, 11, 12, 20]]
+    assert first.positions.tolist() == [[0, 1, 2, 0]]
+    assert first.index.tolist() == [[0, 1, 2, 3]]
+    assert second.ids.tolist() == [[30, 31]]  # only as wide as its fullest row
+    (both,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)
+    assert both.ids.tolist() == [[10, 11, 12, 20], [30, 31, 0, 0]]
+    assert both.positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert both.index.tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
+    assert both.filled.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+@pytest.mark.parametrize(("row_length", "tokens"), [(16, 16), (16, 50), (64, 200), (64, 10), (5, 40)])
+def test_every_token_once_and_no_micro_batch_too_large(row_length: int, tokens: int) -> None:
+    rng = np.random.default_rng(row_length + tokens)
+    lengths = rng.integers(1, 17, size=60).astype(np.int32)
+    ids = rng.integers(1, 1000, size=lengths.sum()).astype(np.int32)
+    starts = offsets(lengths)
+    batches = pack(ids, lengths, row_length, tokens)
+    index = np.concatenate([b.index[b.filled].numpy() for b in batches])
+    assert sorted(index) == list(range(len(ids)))
+    for b in batches:
+        rows, width = b.ids.shape
+        assert width <= max(row_length, 16)
+        assert rows * width <= tokens or rows == 1
+        assert b.ids[b.filled].tolist() == ids[b.index[b.filled]].tolist()
+        assert not b.ids[~b.filled].any()
+        assert not b.positions[~b.filled].any()
+        # a token's position is its distance from the start of its own sequence
+        places = b.index[b.filled].numpy()
+        sequence = np.searchsorted(starts, places, side="right") - 1
+        assert b.positions[b.filled].tolist() == (places - starts[sequence]).tolist()
+        # and sequences stay in one piece
+        after = b.positions[:, 1:] > 0
+        assert torch.equal(b.index[:, 1:][after], b.index[:, :-1][after] + 1)
+
+
+def test_packing_computes_little_padding() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 33, size=300)
+    batches = pack(np.ones(lengths.sum(), np.int32), lengths, 128, 512)
+    assert sum(b.ids.numel() for b in batches) < 1.05 * lengths.sum()
+
+
+def test_a_sequence_longer_than_row_length_gets_a_row_of_its_size() -> None:
+    batches = pack(FLAT, LENGTHS, row_length=2, tokens_per_batch=2)
+    assert [b.ids.tolist() for b in batches] == [[[10, 11, 12]], [[30, 31, 20]]]
+
+
+def test_nothing_to_pack() -> None:
+    assert pack(FLAT[:0], LENGTHS[:0], 4, 8) == []
+
+
+def test_pick_brings_a_per_token_array_into_the_rectangle() -> None:
+    (rows,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)
+    weights = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], dtype=np.float32)
+    assert rows.pick(weights).tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
+    assert rows.pick(weights, fill=-1).tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
+    wanted = rows.pick(FLAT > 11)
+    assert wanted.dtype == torch.bool
+    assert wanted.tolist() == [[False, False, True, True], [True, True, False, False]]
+
+
+def test_pick_from_a_read_only_array() -> None:
+    """What Ray hands out cannot be written: no warning, and nothing that writes to it by accident."""
+    (rows,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)
+    frozen = np.arange(6.0)
+    frozen.flags.writeable = False
+    picked = rows.pick(frozen)
+    picked += 1
+    assert frozen.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_smallest_rectangle_is_all_empty() -> None:
+    rows = one_token_rows()
+    assert not rows.filled.any()
+    assert rows.ids.shape == rows.positions.shape
+
+
+# -- masks -------------------------------------------------------------------------------------------------------
+
+
+def test_responses_are_told_by_lengths_whatever_the_ids() -> None:
+    """0 is pad, EOS and a word here: in the prompt, inside the response and at its end. One response has one token."""
+    ids = np.array([5, 0, 0, 7, 0, 0, 0, 0], dtype=np.int32)
+    lengths, prompts = np.array([5, 3], dtype=np.int32), np.array([2, 2], dtype=np.int32)
+    batch = RolloutBatch(
+        ids=ids, lengths=lengths, prompt_lengths=prompts, sampled_logprobs=np.zeros(8, np.float32),
+        truncated=np.array([False, False]), prompt_index=np.array([0, 1]), seeds=np.array([1, 2]), version=1,
+    )
+    assert batch.in_response.tolist() == [False, False, True, True, True] + [False, False, True]
