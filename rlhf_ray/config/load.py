@@ -23,7 +23,7 @@ ASSETS = "assets://"  # prefix of a model.path that comes with the package
 
 # Which data.* keys a stage reads when data.source=files, beyond those that depend on other options.
 STAGE_DATA = {
-    "pretrain": ["texts"],
+    "pretrain": ["texts", "eval_texts"],
     "sft": ["demonstrations"],
     "compare": [],
     "rm": ["demonstrations"],  # the scores are shifted so that demonstrations have mean 0
@@ -305,6 +305,9 @@ def _pipeline(cfg: Config, runs: list[str]) -> Iterator[str]:
     elif order != sorted(set(order)):
         right = ",".join(STAGES[i] for i in sorted(set(order)))
         yield f"stages=[{','.join(cfg.stages)}]: each stage once and in order; write stages=[{right}]"
+    if "compare" in runs and len(runs) > 1 and cfg.compare.ranker == "people":
+        yield ("compare.ranker=people ends before anybody has ranked: run `rlhf-ray compare` alone, have its "
+               "to_rank.jsonl ranked, then go on with compare.ranker=file data.comparisons=RANKED")
     if "ppo" in runs and cfg.ppo.critic_warmup_iterations >= cfg.ppo.iterations:
         yield (f"ppo.critic_warmup_iterations={cfg.ppo.critic_warmup_iterations} leaves the policy nothing of "
                f"ppo.iterations={cfg.ppo.iterations}: lower the first or raise the second")
@@ -332,8 +335,10 @@ def _missing(cfg: Config, runs: list[str]) -> Iterator[str]:
     if cfg.compare.ranker == "simulated" and "compare" in runs:
         yield ("compare.ranker=simulated needs the sentiment labels of data.source=reviews, but data.source=files: "
                "set compare.ranker=file and data.comparisons=PATH")
-    elif "compare" in runs and not cfg.data.comparisons:
+    elif "compare" in runs and cfg.compare.ranker == "file" and not cfg.data.comparisons:
         yield _no_data("comparisons", "compare.ranker=file", "with your rankings")
+    elif "compare" in runs and cfg.compare.ranker == "people" and not cfg.data.compare_prompts:
+        yield _no_data("compare_prompts", "compare.ranker=people", "with prompts to answer")
     if "ppo" in runs and cfg.algorithm.ptx_coef > 0 and not cfg.data.texts:
         yield _no_data("texts", f"algorithm.ptx_coef={cfg.algorithm.ptx_coef}", "or set algorithm.ptx_coef=0")
     needs: dict[str, list[str]] = {}

@@ -162,8 +162,9 @@ class CompareConfig:
     responses_per_prompt: int = opt(4, "K: responses ranked per prompt", ge=4, le=9)
     temperature: float = opt(1.0, "sampling temperature", gt=0)
     max_response_tokens: int = opt(48, "longest response, tokens", ge=1)
-    ranker: str = opt("simulated", "`simulated`: a noisy sentiment labeler; `file`: data.comparisons",
-                      choices=("simulated", "file"))
+    ranker: str = opt("simulated", "`simulated`: a noisy sentiment labeler; `people`: write the responses down for "
+                      "people to rank, and stop; `file`: their rankings, data.comparisons",
+                      choices=("simulated", "people", "file"))
     labeler_scale: float = opt(1.0, "Bradley-Terry utility per unit of the labeler's log-odds; larger is less "
                                "noisy", gt=0)
 

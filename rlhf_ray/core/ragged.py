@@ -27,9 +27,10 @@ def take(flat: np.ndarray, lengths: np.ndarray, rows: Sequence[int] | np.ndarray
 
 def pad(flat: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
     """Flat [T] to left-aligned ([N, L] values with zeros behind, [N, L] bool mask), L = the longest length."""
-    mask = torch.arange(int(max(lengths, default=0)))[None, :] < torch.as_tensor(np.asarray(lengths))[:, None]
-    values = torch.zeros(mask.shape, dtype=torch.as_tensor(flat[:0]).dtype)
-    values[mask] = torch.as_tensor(np.array(flat))
+    mask = torch.arange(int(max(lengths, default=0)))[None, :] < torch.as_tensor(np.array(lengths))[:, None]
+    entries = torch.as_tensor(np.array(flat))  # a copy: what Ray hands out is read-only
+    values = torch.zeros(mask.shape, dtype=entries.dtype)
+    values[mask] = entries
     return values, mask
 
 

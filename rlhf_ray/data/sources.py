@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from rlhf_ray.config.load import STAGE_DATA
 from rlhf_ray.config.schema import DataConfig
 from rlhf_ray.data import formats, reviews
 from rlhf_ray.data.formats import Demonstration, Prompt
@@ -20,12 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PPO_PROMPTS_PER_REVIEW = 4
 
-# The keys of DataConfig that each stage reads when data.source=files; eval falls back where it says so.
-NEEDS = {
-    "pretrain": ["texts", "eval_texts"], "sft": ["demonstrations"], "compare": [], "rm": ["demonstrations"],
-    "ppo": ["ppo_prompts"], "eval": ["eval_prompts", "eval_texts"],
-}
-MAY_NEED = {"compare": ["comparisons"], "ppo": ["texts"]}  # by other options; looked at if they are set
+# Keys that other options may make a stage read; looked at if they are set.
+MAY_NEED = {"compare": ["comparisons", "compare_prompts"], "ppo": ["texts"]}
 
 
 class TaskData(Protocol):
@@ -188,7 +185,7 @@ def check_paths(cfg: DataConfig, stage: str) -> None:
 
     Raises UserError naming the key.
     """
-    keys = NEEDS.get(stage, []) if cfg.source == "files" else []
+    keys = STAGE_DATA.get(stage, []) if cfg.source == "files" else []
     for key in [*keys, *MAY_NEED.get(stage, [])]:
         source = getattr(cfg, key)
         if source is None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
-from rlhf_ray.data.formats import Comparison, comparison_row, read_comparisons, write_jsonl
+from rlhf_ray.data.formats import Comparison, Prompt, comparison_row, read_comparisons, write_jsonl
 from rlhf_ray.data.prompts import encode_prompts
 from rlhf_ray.data.sources import TaskData, load_task_data
 from rlhf_ray.metrics.progress import console
@@ -12,47 +12,72 @@ from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, StageRecord, stage
 from rlhf_ray.train.answers import answering, prompt_set, sample_answers
 
+PEOPLE_AGREE = 0.73  # between two training labelers: Ouyang et al. 2022, section 3.4
+
 
 def run(cfg: Config) -> None:
     with stage(cfg, "compare") as record:
         if cfg.compare.ranker == "file":
-            comparisons = read_comparisons(str(cfg.data.comparisons))
-            write_jsonl(Paths(cfg).comparisons, [comparison_row(c) for c in comparisons])
-            record.add(ranker=cfg.data.comparisons, comparisons=len(comparisons), actors=[])
-            console.print(f"{len(comparisons)} ranked prompts from {cfg.data.comparisons}")
-            return
-        simulate(cfg, load_task_data(cfg.data), record)
+            take_file(cfg, record)
+        elif cfg.compare.ranker == "people":
+            ask_people(cfg, load_task_data(cfg.data), record)
+        else:
+            simulate(cfg, load_task_data(cfg.data), record)
+
+
+def take_file(cfg: Config, record: StageRecord) -> None:
+    """People have ranked: check every line and take it over."""
+    comparisons = read_comparisons(str(cfg.data.comparisons))
+    write_jsonl(Paths(cfg).comparisons, [comparison_row(c) for c in comparisons])
+    record.add(ranker=cfg.data.comparisons, comparisons=len(comparisons), actors=[])
+    console.print(f"{len(comparisons)} ranked prompts from {cfg.data.comparisons}")
+
+
+def ask_people(cfg: Config, task_data: TaskData, record: StageRecord) -> None:
+    """Write the responses down unranked: rows to which people add `ranks` and `labeler`."""
+    prompts, texts = sample(cfg, task_data, record)
+    rows = [comparison_row(Comparison(p, tuple(t), (), "")) for p, t in zip(prompts, texts, strict=True)]
+    path = Paths(cfg).stage("compare") / "to_rank.jsonl"
+    write_jsonl(path, rows)
+    record.add(ranker="people", to_rank=len(rows))
+    console.print(f"{len(rows)} prompts wait in {path}: fill in `ranks` (1 is best, equal numbers are a tie) and "
+                  "`labeler`, then go on with compare.ranker=file data.comparisons=RANKED")
 
 
 def simulate(cfg: Config, task_data: TaskData, record: StageRecord) -> None:
-    """Sample responses and have the simulated labeler rank them."""
-    paths, c = Paths(cfg), cfg.compare
-    tokenizer = load_tokenizer(str(paths.sft))
-    prompts = task_data.compare_prompts()[: c.prompts]
-    kept, encoded, dropped = encode_prompts(prompts, cfg.data, tokenizer)
-    with session(cfg), answering(cfg, str(paths.sft), prompt_set(encoded)) as (cast, group):
-        actors = cast.ready()
-        answers = sample_answers(group, prompt_set(encoded), "compare", c.responses_per_prompt, c.temperature,
-                                 c.max_response_tokens, cfg.seed)
-    labeler, rng = task_data.labeler(c.labeler_scale), np.random.default_rng((cfg.seed, 2))
+    """Have the simulated labeler rank the responses."""
+    prompts, texts = sample(cfg, task_data, record)
+    labeler, rng = task_data.labeler(cfg.compare.labeler_scale), np.random.default_rng((cfg.seed, 2))
     comparisons, agreement, ceiling = [], [], []
-    texts = [tokenizer.batch_decode([r.tolist() for r in a], skip_special_tokens=True) for a in answers]
-    utilities = labeler.utilities([t.strip() for some in texts for t in some]).reshape(len(texts), -1)
-    for prompt, responses, u in zip(kept, texts, utilities, strict=True):
+    utilities = labeler.utilities([t for some in texts for t in some]).reshape(len(texts), -1)
+    for prompt, responses, u in zip(prompts, texts, utilities, strict=True):
         ranks = labeler.rank(u, rng, responses)
         comparisons.append(Comparison(prompt, tuple(responses), tuple(int(r) for r in ranks), "simulated"))
         agreement.append(labeler.expected_self_agreement(u))
         ceiling.append(labeler.noise_ceiling(u))
-    write_jsonl(paths.comparisons, [comparison_row(c) for c in comparisons])
+    write_jsonl(Paths(cfg).comparisons, [comparison_row(c) for c in comparisons])
     record.add(
-        ranker="simulated", comparisons=len(comparisons), dropped=dropped, actors=actors,
-        responses_per_prompt=c.responses_per_prompt, data=task_data.fingerprint(),
+        ranker="simulated", comparisons=len(comparisons),
         labeler={
             **task_data.labeler_accuracy(),
             "self_agreement": float(np.mean(agreement)),
-            "self_agreement_between_people": 0.73,  # InstructGPT, section 3.4: between training labelers
+            "self_agreement_between_people": PEOPLE_AGREE,
             "noise_ceiling": float(np.mean(ceiling)),
         },
     )
-    console.print(f"{len(comparisons)} prompts x {c.responses_per_prompt} ranked; the labeler agrees with itself on "
-                  f"{np.mean(agreement):.0%} of pairs (people: 73%)")
+    console.print(f"{len(comparisons)} prompts x {cfg.compare.responses_per_prompt} responses ranked; the labeler "
+                  f"agrees with itself on {np.mean(agreement):.0%} of pairs (people: {PEOPLE_AGREE:.0%})")
+
+
+def sample(cfg: Config, task_data: TaskData, record: StageRecord) -> tuple[list[Prompt], list[list[str]]]:
+    """K responses of the SFT policy to every prompt: (prompts, [prompts][K] texts)."""
+    path, c = str(Paths(cfg).sft), cfg.compare
+    tokenizer = load_tokenizer(path)
+    kept, encoded, dropped = encode_prompts(task_data.compare_prompts()[: c.prompts], cfg.data, tokenizer)
+    with session(cfg), answering(cfg, path, prompt_set(encoded)) as (cast, group):
+        actors = cast.ready()
+        answers = sample_answers(group, prompt_set(encoded), "compare", c.responses_per_prompt, c.temperature,
+                                 c.max_response_tokens, cfg.seed)
+    record.add(dropped=dropped, actors=actors, responses_per_prompt=c.responses_per_prompt,
+               data=task_data.fingerprint())
+    return kept, [tokenizer.batch_decode([r.tolist() for r in some], skip_special_tokens=True) for some in answers]

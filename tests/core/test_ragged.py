@@ -35,12 +35,13 @@ def test_pad_puts_zeros_behind_and_unpad_takes_them_away() -> None:
     assert unpad(values, mask).tolist() == FLAT.tolist()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.bool_])
 def test_padding_round_trip_keeps_values_and_type(dtype: type) -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 9, size=20)  # some sequences are empty
     flat = rng.integers(0, 5, size=lengths.sum()).astype(dtype)  # zeros are values here, not padding
-    flat.flags.writeable = False  # as arrays from Ray's object store are
+    flat.flags.writeable = lengths.flags.writeable = False  # as arrays from Ray's object store are
     back = unpad(*pad(flat, lengths))
     assert back.dtype == dtype
     assert back.tolist() == flat.tolist()
@@ -134,6 +135,7 @@ def test_pick_brings_a_per_token_array_into_the_rectangle() -> None:
     assert wanted.tolist() == [[False, False, True, True], [True, True, False, False]]
 
 
+@pytest.mark.filterwarnings("error")
 def test_pick_from_a_read_only_array() -> None:
     """What Ray hands out cannot be written: no warning, and nothing that writes to it by accident."""
     (rows,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)

@@ -4,7 +4,8 @@ import psutil
 
 from rlhf_ray.config.schema import Config
 
-WORDS = "the film was a good bad long short story about love war and people who laugh cry run sing".split()
+WORDS = ["the", "film", "was", "a", "good", "bad", "long", "short", "story", "about", "love", "war", "and", "people",
+         "who", "laugh", "cry", "run", "sing", "tell"]
 TEXTS = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(1, 40)) + "." for i in range(1, 60)]
 
 

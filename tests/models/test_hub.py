@@ -1,0 +1,217 @@
+"""Models on disk: what is saved is what plain transformers reads, whole or not at all.
+
+Covers lines 24 (the reward bias is stored with the model), 32 (the critic's head is the reward model's) and 39 (one
+name of a tied pair) of the guide on correctness.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.hub import (
+    SCORE_SHIFT,
+    context_length,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    save_model,
+    score_shift,
+)
+from rlhf_ray.models.tiny import train_tokenizer
+
+CFG = ModelConfig(dtype="float32")
+IDS = torch.tensor([[1, 5, 9, 200, 7]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(["a small text"], 300)
+
+
+def llama(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=64, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        initializer_range=0.3,
+    )).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def saved(model: Any, tokenizer: Any, path: Path, dtype: str = "float32", **config: Any) -> str:
+    save_model(model, model.named_parameters(), tokenizer, path, dtype, **config)
+    return str(path)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_plain_transformers_reads_the_same_model(tied: bool, tokenizer: Any, tmp_path: Path) -> None:
+    model = llama(tied)
+    path = saved(model, tokenizer, tmp_path / "model")
+    read = AutoModelForCausalLM.from_pretrained(path)
+    assert read.dtype == torch.float32
+    assert torch.equal(logits(read), logits(model))
+    assert AutoTokenizer.from_pretrained(path).encode("a small text") == tokenizer.encode("a small text")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_not_stored_twice(tied: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Also when the weights come with both names, as from an average of all of them."""
+    model = llama(tied)
+    weights = [*model.named_parameters(remove_duplicate=False)]
+    assert "lm_head.weight" in dict(weights)
+    save_model(model, weights, tokenizer, tmp_path / "model", "float32")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not tied
+    assert set(stored) | {"lm_head.weight"} == {name for name, _ in weights}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert (read.lm_head.weight is read.model.embed_tokens.weight) is tied
+    assert torch.equal(logits(read), logits(model))
+
+
+def test_the_dtype_of_the_file_and_of_the_loaded_model(tokenizer: Any, tmp_path: Path) -> None:
+    path = saved(llama(), tokenizer, tmp_path / "model", "bfloat16")
+    assert {t.dtype for t in load_file(tmp_path / "model" / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(path).dtype == torch.bfloat16  # config.json says so
+    assert load_causal_lm(path, ModelConfig(dtype="float32")).dtype == torch.float32
+
+
+def test_saving_writes_what_is_given_and_not_what_the_model_holds(tokenizer: Any, tmp_path: Path) -> None:
+    """A ZeRO-3 rank's own parameters are empty shells; a moving average is not the model either."""
+    other = llama(seed=1)
+    save_model(llama(seed=0), other.named_parameters(), tokenizer, tmp_path / "model", "float32")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(other))
+
+
+def test_a_weight_may_be_gone_once_the_next_one_is_drawn(tokenizer: Any, tmp_path: Path) -> None:
+    """Gathered weights are valid until the next is drawn: each must have been copied by then."""
+    model, one_buffer = llama(), torch.empty(300 * 32)
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, p in model.named_parameters():
+            one_buffer.fill_(float("nan"))
+            view = one_buffer[: p.numel()].view(p.shape)
+            view.copy_(p.detach())
+            yield name, view
+
+    save_model(model, gathered(), tokenizer, tmp_path / "model", "float32")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
+
+
+def test_a_new_model_takes_the_place_of_the_old_one(tokenizer: Any, tmp_path: Path) -> None:
+    saved(llama(seed=0), tokenizer, tmp_path / "model", **{SCORE_SHIFT: 1.0})
+    (tmp_path / "model" / "stray.txt").write_text("of the old model")
+    path = saved(llama(seed=1), tokenizer, tmp_path / "model")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path)), logits(llama(seed=1)))
+    assert score_shift(path) == 0.0
+    assert not (tmp_path / "model" / "stray.txt").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+class TokenizerThatBreaks:
+    def save_pretrained(self, path: Path) -> None:
+        raise OSError("no space left on device")
+
+
+def test_a_crash_while_saving_leaves_the_old_model(tokenizer: Any, tmp_path: Path) -> None:
+    path = saved(llama(seed=0), tokenizer, tmp_path / "model")
+
+    def breaks() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(llama(seed=1).named_parameters())
+        raise RuntimeError("a rank died")
+
+    with pytest.raises(RuntimeError, match="a rank died"):
+        save_model(llama(seed=1), breaks(), tokenizer, tmp_path / "model", "float32")
+    with pytest.raises(OSError, match="no space left"):  # later: the new weights are written, not yet in place
+        saved(llama(seed=1), TokenizerThatBreaks(), tmp_path / "model")
+    assert torch.equal(logits(load_causal_lm(path, CFG)), logits(llama(seed=0)))
+    load_tokenizer(path)
+    saved(llama(seed=1), tokenizer, tmp_path / "model")  # what the crash left behind is in nobody's way
+    assert torch.equal(logits(load_causal_lm(path, CFG)), logits(llama(seed=1)))
+
+
+# -- reward models -----------------------------------------------------------------------------------------------
+
+
+def test_a_scalar_head_that_is_not_there_yet_starts_at_zero(tokenizer: Any, tmp_path: Path) -> None:
+    model = llama()
+    torch.manual_seed(3)
+    scalar = load_scalar_model(saved(model, tokenizer, tmp_path / "sft"), CFG)
+    assert scalar.score.weight.shape == (1, 32)
+    assert not scalar.score.weight.any()
+    assert torch.equal(scalar.model.embed_tokens.weight, model.model.embed_tokens.weight)  # the body is the SFT model's
+    assert torch.equal(scalar.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+
+
+def test_a_trained_scalar_head_is_kept(tokenizer: Any, tmp_path: Path) -> None:
+    reward = load_scalar_model(saved(llama(), tokenizer, tmp_path / "sft"), CFG)
+    with torch.no_grad():
+        reward.score.weight.copy_(torch.arange(32.0)[None])
+    path = saved(reward, tokenizer, tmp_path / "reward")
+    for read in (load_scalar_model(path, CFG), AutoModelForSequenceClassification.from_pretrained(path)):
+        assert read.config.num_labels == 1
+        assert read.score.weight.tolist() == [list(range(32))]
+
+
+def test_the_reward_bias_is_stored_with_the_model(tokenizer: Any, tmp_path: Path) -> None:
+    reward = load_scalar_model(saved(llama(), tokenizer, tmp_path / "sft"), CFG)
+    assert score_shift(saved(reward, tokenizer, tmp_path / "with", **{SCORE_SHIFT: -0.625})) == -0.625
+    assert score_shift(saved(reward, tokenizer, tmp_path / "without")) == 0.0
+    assert json.loads((tmp_path / "with" / "config.json").read_text())["score_shift"] == -0.625
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("load", [
+    lambda path: load_causal_lm(path, CFG), lambda path: load_scalar_model(path, CFG), load_tokenizer, context_length,
+])
+def test_a_directory_without_a_model_is_named(load: Any, tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match=r"expected a directory with config\.json") as error:
+            load(str(path))
+        assert f"no model in '{path}'" in str(error.value)
+
+
+def test_a_model_without_weights_is_the_users_to_mend(tokenizer: Any, tmp_path: Path) -> None:
+    path = saved(llama(), tokenizer, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load a model from") as error:
+        load_causal_lm(path, CFG)
+    assert path in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_tokenizer_that_cannot_end_a_response_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    path = saved(llama(), tokenizer, tmp_path / "model")
+    assert load_tokenizer(path).eos_token == "<|eos|>"
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|bos|>")
+    path = saved(llama(), plain, tmp_path / "endless")
+    with pytest.raises(UserError, match="has no eos_token") as error:
+        load_tokenizer(path)
+    assert path in str(error.value)
+
+
+def test_how_many_positions_a_model_has(tokenizer: Any, tmp_path: Path) -> None:
+    assert context_length(saved(llama(), tokenizer, tmp_path / "model")) == 64

@@ -1,0 +1,217 @@
+"""The networks on packed rows against plain Hugging Face on one sequence at a time.
+
+Covers lines 8 (the reward model reads the last real token by length), 11 (temperature divides the logits) and 13
+(the softmax is whole) of the guide on correctness.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rlhf_ray.core.ragged import PackedRows, offsets, pack
+from rlhf_ray.models.modules import CausalLM, ScalarModel
+
+LENGTHS = np.array([9, 3, 6, 2, 5], dtype=np.int32)
+IDS = np.random.default_rng(0).integers(0, 64, size=int(LENGTHS.sum())).astype(np.int32)
+STARTS = offsets(LENGTHS)
+HAS_PREDICTOR = np.array([place > 0 for n in LENGTHS for place in range(n)])  # all but the first tokens
+CONFIG = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64, "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on matrices of this size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def llama(tied: bool = False) -> LlamaForCausalLM:
+    """A random model whose distributions are far from uniform, so that a wrong position or state shows."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**CONFIG, tie_word_embeddings=tied, initializer_range=0.3)
+    return LlamaForCausalLM(config).float().eval()
+
+
+def scalar() -> LlamaForSequenceClassification:
+    torch.manual_seed(1)
+    return LlamaForSequenceClassification(LlamaConfig(**CONFIG, num_labels=1, initializer_range=0.3)).float().eval()
+
+
+def sequences(ids: np.ndarray = IDS) -> list[torch.Tensor]:
+    return [torch.as_tensor(ids[a:b], dtype=torch.int64) for a, b in zip(STARTS, STARTS[1:], strict=False)]
+
+
+def plain_logprobs(model: Any, temperature: float) -> torch.Tensor:
+    """log p of every token but the first of its sequence, in flat order, by Hugging Face and log_softmax alone."""
+    found = []
+    for sequence in sequences():
+        logits = model(input_ids=sequence[None]).logits[0, :-1] / temperature
+        found.append(torch.log_softmax(logits, dim=-1).gather(1, sequence[1:, None]).squeeze(1))
+    return torch.cat(found)
+
+
+def packed_logprobs(module: CausalLM, batches: list[PackedRows], temperature: float, ids: np.ndarray = IDS) -> Any:
+    """The same numbers from packed rows; also the entropies."""
+    logprobs, entropies = torch.zeros(len(ids)), torch.zeros(len(ids))
+    for rows in batches:
+        wanted = rows.pick(HAS_PREDICTOR, False)
+        some, entropy = module(rows.ids, rows.positions, wanted, temperature)
+        logprobs = logprobs.index_put((rows.index[wanted],), some)
+        entropies = entropies.index_put((rows.index[wanted],), entropy)
+    return logprobs[HAS_PREDICTOR], entropies[HAS_PREDICTOR]
+
+
+ONE_ROW, TWO_ROWS = (64, 64), (16, 32)
+ONE_BY_ONE = (9, 9)
+LAYOUTS = pytest.mark.parametrize("layout", [ONE_ROW, TWO_ROWS, ONE_BY_ONE])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logprobs_are_those_of_each_sequence_alone(layout: tuple[int, int], temperature: float) -> None:
+    model = llama()
+    with torch.no_grad():
+        expected = plain_logprobs(model, temperature)
+        found, _ = packed_logprobs(CausalLM(model), pack(IDS, LENGTHS, *layout), temperature)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_layouts_above_differ() -> None:
+    """25 tokens in one row; or rows of 16 with 9 + 6 and 5 + 3 + 2; or rows of 9, one at a time."""
+    assert [[tuple(b.ids.shape) for b in pack(IDS, LENGTHS, *layout)] for layout in (ONE_ROW, TWO_ROWS)] == [
+        [(1, 25)], [(2, 15)]]
+    assert len(pack(IDS, LENGTHS, *ONE_BY_ONE)) > 1
+
+
+@LAYOUTS
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_gradients_are_those_of_each_sequence_alone(layout: tuple[int, int], tied: bool) -> None:
+    model = llama(tied)
+    weights = torch.randn(int(HAS_PREDICTOR.sum()), generator=torch.Generator().manual_seed(2))
+    (plain_logprobs(model, 0.7) * weights).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (packed_logprobs(CausalLM(model), pack(IDS, LENGTHS, *layout), 0.7)[0] * weights).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected)
+    assert ("lm_head.weight" in found) is not tied
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert scale > 1e-3, name
+        torch.testing.assert_close(found[name], gradient, atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+def test_a_neighbour_in_the_row_does_not_leak() -> None:
+    """Another first sequence of the same length: the others' log-probabilities and scores stay what they were."""
+    changed = IDS.copy()
+    changed[:9] = (changed[:9] + 1) % 64
+    module, value_module = CausalLM(llama()), ScalarModel(scalar())
+    others = np.repeat([False, True, True, True, True], LENGTHS)
+    with torch.no_grad():
+        numbers = []
+        for ids in (IDS, changed):
+            (rows,) = pack(ids, LENGTHS, *ONE_ROW)
+            assert rows.index[0, 0] == 0  # the longest sequence comes first: all others could see it
+            outputs = value_module(rows.ids, rows.positions)
+            scores = torch.zeros(len(ids))
+            scores[rows.index[rows.filled]] = outputs[rows.filled]
+            numbers.append((packed_logprobs(module, [rows], 1.0, ids)[0], scores))
+    (before, scores_before), (after, scores_after) = numbers
+    theirs = others[HAS_PREDICTOR]
+    torch.testing.assert_close(after[theirs], before[theirs], atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores_after[others], scores_before[others], atol=1e-6, rtol=0)
+    assert (after[~theirs] - before[~theirs]).abs().min() > 1e-3  # and the changed one did change
+    assert (scores_after[~others] - scores_before[~others]).abs().min() > 1e-4
+
+
+def test_a_token_does_not_see_what_comes_after_it() -> None:
+    changed = IDS.copy()
+    changed[8] = (changed[8] + 1) % 64  # the last token of the first sequence
+    module = CausalLM(llama())
+    with torch.no_grad():
+        before, after = (packed_logprobs(module, pack(ids, LENGTHS, *ONE_ROW), 1.0, ids)[0] for ids in (IDS, changed))
+    torch.testing.assert_close(after[:7], before[:7], atol=1e-6, rtol=0)
+    assert abs(after[7] - before[7]) > 1e-3
+
+
+def test_entropies_are_those_of_the_whole_distribution_at_that_temperature() -> None:
+    model = llama()
+    with torch.no_grad():
+        logits = torch.cat([model(input_ids=s[None]).logits[0, :-1] for s in sequences()]) / 0.7
+        _, entropies = packed_logprobs(CausalLM(model), pack(IDS, LENGTHS, *ONE_ROW), 0.7)
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=logits).entropy(), atol=1e-5, rtol=0)
+
+
+def test_the_wrapper_keeps_hugging_faces_names_for_the_parameters() -> None:
+    """Weights are saved and sent under these names."""
+    model = llama()
+    names = [name for name, _ in model.named_parameters()]
+    assert [name for name, _ in CausalLM(model).named_parameters()] == [f"model.{name}" for name in names]
+    assert names[-1] == "lm_head.weight"
+
+
+# -- scores and values -------------------------------------------------------------------------------------------
+
+
+def test_the_score_is_that_of_the_last_real_token_however_it_is_padded() -> None:
+    """Packed, padded on the right and padded on the left: what Hugging Face says of the sequence alone."""
+    model = scalar()
+    module = ScalarModel(model)
+    (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
+    with torch.no_grad():
+        packed = torch.zeros(len(IDS))
+        packed[rows.index[rows.filled]] = module(rows.ids, rows.positions)[rows.filled]
+        for i, sequence in enumerate(sequences()):
+            n = len(sequence)
+            expected = model.score(model.model(input_ids=sequence[None]).last_hidden_state)[0, -1, 0]
+            right, left = (torch.zeros((1, n + 4), dtype=torch.int64) for _ in range(2))
+            right[0, :n], left[0, -n:] = sequence, sequence
+            right_at, left_at = torch.zeros_like(right), torch.zeros_like(left)
+            right_at[0, :n] = left_at[0, -n:] = torch.arange(n)
+            for score in (packed[STARTS[i + 1] - 1], module(right, right_at)[0, n - 1], module(left, left_at)[0, -1]):
+                torch.testing.assert_close(score, expected, atol=1e-5, rtol=0)
+
+
+def test_the_shift_is_taken_off_every_score() -> None:
+    model = scalar()
+    (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
+    with torch.no_grad():
+        raw, shifted = (ScalarModel(model, shift)(rows.ids, rows.positions) for shift in (0.0, 1.5))
+    assert raw.dtype == torch.float32
+    assert raw.shape == rows.ids.shape
+    torch.testing.assert_close(shifted, raw - 1.5)
+
+
+def test_a_value_is_what_was_predicted_before_the_token() -> None:
+    assert ScalarModel.values(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist() == [[0, 1, 2], [0, 4, 5]]
+
+
+def test_values_of_packed_rows_do_not_depend_on_the_token_they_are_for() -> None:
+    """The value of token t reads tokens before t: it is the score of the sequence that ends at t - 1."""
+    module = ScalarModel(scalar())
+    (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
+    with torch.no_grad():
+        values = torch.zeros(len(IDS))
+        values[rows.index[rows.filled]] = module.values(module(rows.ids, rows.positions))[rows.filled]
+        for start, sequence in zip(STARTS, sequences(), strict=False):
+            for t in range(1, len(sequence)):
+                alone = module(sequence[None, :t], torch.arange(t)[None])[0, -1]
+                torch.testing.assert_close(values[start + t], alone, atol=1e-5, rtol=0)
+
+
+def test_gradients_of_the_values_reach_head_and_body() -> None:
+    module = ScalarModel(scalar())
+    (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
+    module(rows.ids, rows.positions)[rows.filled].square().sum().backward()
+    without = {name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()}
+    assert not without
