@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +75,9 @@ def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any
     return list(ray.get(list(refs)))
 
 
+_CASTS = itertools.count(1)  # names of actors are unique in a run: a killed one frees its name only later
+
+
 @ray.remote
 def _node_address() -> str:
     return str(ray.util.get_node_ip_address())
@@ -87,6 +90,7 @@ class Cast:
         self.layout, self.cfg = layout, cfg
         self.groups: list[Group] = []
         self._placement: PlacementGroup | None = None
+        self._number = next(_CASTS)
 
     def __enter__(self) -> Cast:
         missing = shortfall(self.layout, nodes())
@@ -129,7 +133,7 @@ class Cast:
         actors = []
         for i, args in enumerate(per_actor):
             options: Any = ray.remote(actor_class).options(
-                name=f"{role}-{i}-{os.getpid()}-{id(self):x}",
+                name=f"{role}-{i}.{self._number}",
                 num_cpus=self.layout.shares[role, i].cpus,
                 num_gpus=self.layout.shares[role, i].gpus,
                 max_concurrency=1,

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,8 +53,8 @@ def _connect(cluster: ClusterConfig, cfg: Config) -> None:
             raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there; start one with "
                             "`ray start --head`, or set cluster.address=local") from error
         return
-    # A private Ray serves this run alone, on loopback: nobody else has its address, so it needs no token.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # A private Ray serves this run alone: its token is made here, and dies with it.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     ray.init(
         address="local",
         num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, roles_cpus(cfg)),

@@ -19,9 +19,10 @@ class Paths:
     """Where the stages of a run keep what they make."""
 
     def __init__(self, cfg: Config):
-        self.root = Path(cfg.output_dir)
+        self.root = Path(cfg.output_dir).absolute()  # actors have working directories of their own
         self._pretrains = "pretrain" in cfg.stages
-        self._base = cfg.model.path
+        local = Path(cfg.model.path)
+        self._base = str(local.absolute()) if local.exists() else cfg.model.path
 
     def stage(self, name: str) -> Path:
         return self.root / name
@@ -35,6 +36,11 @@ class Paths:
     def start(self) -> str:
         """The base model that sft starts from: what pretrain made if it is among the stages, else model.path."""
         return str(self.base) if self._pretrains else self._base
+
+    @property
+    def start_of_pretraining(self) -> str:
+        """What pretrain goes on from with pretrain.init=model."""
+        return self._base
 
     @property
     def sft(self) -> Path:

@@ -31,7 +31,7 @@ def run(cfg: Config) -> None:
 def train(cfg: Config, record: StageRecord) -> None:
     paths, task_data, p = Paths(cfg), load_task_data(cfg.data), cfg.pretrain
     texts = task_data.texts()
-    start = cfg.model.path
+    start = paths.start_of_pretraining
     if p.init == "scratch":
         start = str(paths.stage("pretrain") / "untrained")
         save_untrained(p, cfg.model.max_length, texts, Path(start), cfg.seed)
