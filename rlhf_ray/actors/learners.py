@@ -72,13 +72,6 @@ class _PPOLearner(Role):
         return TrainBatch(of("ids"), lengths[chosen], of("in_response"), of("old_logprobs"), of("advantages"),
                           of("values"), of("returns"))
 
-    def _save(self, model: torch.nn.Module, tokenizer_path: str, path: str, weights: Any, dtype: str) -> None:
-        if self.learner.rank == 0:
-            save_model(model, weights, load_tokenizer(tokenizer_path), Path(path), dtype)
-        else:
-            for _ in weights:  # the gathers are collective
-                pass
-
 
 class PolicyLearner(_PPOLearner):
     """The policy in training: old log-probabilities, advantages, clipped updates with ptx, weight sync."""
@@ -242,12 +235,12 @@ class PolicyLearner(_PPOLearner):
 
     def save(self, path: str) -> None:
         """Write the policy as a Hugging Face directory: the averaged weights if there is an EMA."""
-        weights: Any = self.learner.weights()
-        if self.average:
-            for _ in weights:
-                pass
-            weights = iter(self.average.items())
-        self._save(self.model, self.path, path, weights, self.dtype)
+        weights: Any = iter(self.learner.weights())
+        if self.learner.rank == 0:
+            saved = self.average.items() if self.average else weights
+            save_model(self.model, saved, load_tokenizer(self.path), Path(path), self.dtype)
+        for _ in weights:  # the gathers are collective, whoever needs them
+            pass
 
 
 class CriticLearner(_PPOLearner):
@@ -259,8 +252,7 @@ class CriticLearner(_PPOLearner):
     ):
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
-        self.path, self.cfg, self.dtype, self.row_length = path, cfg, model.dtype, model.max_length
-        self.algorithm = algorithm
+        self.cfg, self.row_length, self.algorithm = cfg, model.max_length, algorithm
         self.model = load_scalar_model(path, model)
         self.learner = Learner(ScalarModel(self.model, score_shift(path)), cfg, optimizer, model.dtype, total_steps,
                                device)
@@ -313,6 +305,3 @@ class CriticLearner(_PPOLearner):
                             tokens)
         sums += [float(result.loss.detach()), float(result.clip_count), float(result.squared_error_sum)]
         return result.loss
-
-    def save(self, path: str) -> None:
-        self._save(self.model, self.path, path, self.learner.weights(), self.dtype)

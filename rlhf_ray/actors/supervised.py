@@ -31,12 +31,12 @@ class SupervisedLearner(Role):
         device = join_group(where, learner.threads, timeout_s)
         self.objective, self.data, self.cfg, self.path = objective, data, learner, path
         self.starts = offsets(data.lengths)
-        self.dropout, self.autocast = dropout, autocast
+        self.autocast = autocast
         if objective == "ranking":
             self.model = load_scalar_model(path, model)
             module: torch.nn.Module = ScalarModel(self.model)
         else:
-            self.model = load_causal_lm(path, model, attention_dropout=dropout)
+            self.model = load_causal_lm(path, model, dropout)
             module = CausalLM(self.model)
         if model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -50,7 +50,6 @@ class SupervisedLearner(Role):
         sums = [0.0, 0.0, 0.0]
         result = self.learner.step(
             [MicroBatch(b, partial(self._loss, extra=e, total=total, sums=sums)) for b, e in batches],
-            dropout=self.dropout > 0,
         )
         loss, correct, pairs = self.learner.sum(*sums)
         return result | {"loss": loss, "correct": correct, "pairs": pairs}

@@ -151,7 +151,7 @@ class SFTConfig:
     epochs: int = opt(1, "passes over the demonstrations", ge=1)
     batch_size: int = opt(32, "demonstrations per optimizer step", ge=1)
     val_fraction: float = opt(0.05, "share of demonstrations held out for the validation loss", gt=0, lt=1)
-    dropout: float = opt(0.0, "attention dropout during SFT", ge=0, lt=1)
+    dropout: float = opt(0.0, "dropout during SFT, wherever the model has any", ge=0, lt=1)
     max_examples: int | None = opt(None, "use at most this many demonstrations (null: all)", ge=2)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -142,7 +142,7 @@ class Learner:
     # -- passes ----------------------------------------------------------------------------------------------
 
     def forward(self, batches: Sequence[PackedRows], pass_: Callable[[PackedRows], Tensor]) -> list[Tensor]:
-        """`pass_` on every rectangle, without gradients and without dropout; the outputs on the CPU, in order."""
+        """`pass_` on every rectangle, without gradients and in evaluation mode; the outputs on the CPU, in order."""
         self.engine.eval()
         count = int(self.max(len(batches)))
         outputs = []
@@ -152,13 +152,13 @@ class Learner:
                 outputs.append(pass_(rows.to(self.device)).cpu())
         return outputs[: len(batches)]
 
-    def step(self, batches: Sequence[MicroBatch], dropout: bool = False) -> dict[str, float]:
+    def step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks.
 
         Returns grad_norm (before clipping), lr, and skipped: 1.0 if a gradient was not finite on some rank, in
         which case DeepSpeed drops the step on all ranks together and the weights stay as they were.
         """
-        self.engine.train(dropout)
+        self.engine.train()  # for gradient checkpointing; dropout is what the model was loaded with
         count = max(1, int(self.max(len(batches))))
         for i in range(count):
             self.engine.set_gradient_accumulation_boundary(i == count - 1)

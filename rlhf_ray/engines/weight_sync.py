@@ -17,8 +17,8 @@ after loading. Sender and receiver cut the stream into buckets from the same met
 disagrees with what it yields hangs. Tied parameters are sent once, and the head that shares them is refreshed
 afterwards (see `WorkerExtension`). NCCL refuses two ranks on one GPU: use ipc there.
 
-vLLM's interface moves between minor versions; all that touches it is in this file. A change here needs
-tests/end_to_end/test_weight_sync.py (gloo) and, on a machine with GPUs, tests/gpu.
+vLLM's interface moves between minor versions; all that touches it is in this file and in `generation`. A change
+here needs tests/end_to_end/test_weight_sync.py.
 """
 
 import threading

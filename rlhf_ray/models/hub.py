@@ -16,9 +16,12 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
+
+logging.disable_progress_bar()  # our own bars say what is going on
 
 SCORE_SHIFT = "score_shift"  # in config.json: subtracted from the scalar head's output (InstructGPT 3.5, reward bias)
 
@@ -31,19 +34,26 @@ def _found(path: str) -> str:
     return path
 
 
-def _load(kind: Any, path: str, cfg: ModelConfig, **options: Any) -> Any:
+def _load(kind: Any, path: str, cfg: ModelConfig, dropout: float, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(
+        model = kind.from_pretrained(
             _found(path), dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation, **options
         )
     except OSError as error:
         raise UserError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}; set model.path to a "
                         "Hugging Face directory or a name that this machine can download") from error
+    # In the modules, not in the config: what is saved later keeps the model's own values.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+        elif hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    return model
 
 
-def load_causal_lm(path: str, cfg: ModelConfig, **options: Any) -> Any:
-    """A Hugging Face causal language model."""
-    return _load(AutoModelForCausalLM, path, cfg, **options)
+def load_causal_lm(path: str, cfg: ModelConfig, dropout: float = 0.0) -> Any:
+    """A Hugging Face causal language model; `dropout` replaces whatever dropout it came with, train mode included."""
+    return _load(AutoModelForCausalLM, path, cfg, dropout)
 
 
 def load_scalar_model(path: str, cfg: ModelConfig) -> Any:
@@ -53,7 +63,7 @@ def load_scalar_model(path: str, cfg: ModelConfig) -> Any:
     """
     config = AutoConfig.from_pretrained(_found(path))
     fresh = "ForCausalLM" in "".join(config.architectures or [])
-    model = _load(AutoModelForSequenceClassification, path, cfg, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, path, cfg, 0.0, num_labels=1)
     if fresh:
         nn.init.zeros_(model.score.weight)
     return model

@@ -1,11 +1,14 @@
-"""The simulated labeler, whose noise is exactly Bradley-Terry, and the judge that saw none of its documents."""
+"""Sentiment classifiers, and the labeler that ranks with noise.
 
-from itertools import pairwise
+The labels are real judgements in the product; here two vocabularies make texts whose sentiment is known.
+"""
+
+from math import exp
 
 import numpy as np
 import pytest
 
-from rlhf_ray.data.reviews import PARTS, Review, ReviewSplit, load_reviews
+from rlhf_ray.data.reviews import Review, ReviewSplit
 from rlhf_ray.data.sentiment import (
     WINDOW_WORDS,
     SentimentClassifier,
@@ -15,122 +18,197 @@ from rlhf_ray.data.sentiment import (
     windows,
 )
 
-UTILITIES = np.array([1.2, 0.0, -0.4, 0.3])
+WORDS = {1: ["wonderful", "moving", "funny", "brilliant"], 0: ["awful", "boring", "stupid", "dull"]}
+COMMON = ["film", "actor", "scene", "story", "music", "plot"]
 
 
-class Numbers:
-    """In place of a classifier: the log-odds are the number in the text."""
-
-    def log_odds(self, texts: list[str]) -> np.ndarray:
-        return np.array([float(t) for t in texts])
-
-
-@pytest.fixture(scope="module")
-def few() -> tuple[list[Review], ReviewSplit]:
-    """Every eighth review."""
-    reviews = load_reviews()[::8]
-    bounds = np.cumsum([round(share * len(reviews)) for share in PARTS.values()])[:-1]
-    order = np.random.default_rng(0).permutation(len(reviews))
-    return reviews, ReviewSplit(dict(zip(PARTS, np.split(order, bounds), strict=True)), 0, "")
+def text(label: int, rng: np.random.Generator, length: int = 30) -> str:
+    """Every third word or so tells the sentiment."""
+    return " ".join(rng.choice(WORDS[label] if rng.random() < 0.3 else COMMON) for _ in range(length))
 
 
 @pytest.fixture(scope="module")
-def pair(few: tuple[list[Review], ReviewSplit]) -> tuple[SentimentClassifier, SentimentClassifier]:
-    return fit_labeler_and_judge(*few, seed=0)
+def classifier() -> SentimentClassifier:
+    rng = np.random.default_rng(0)
+    labels = [i % 2 for i in range(200)]
+    return SentimentClassifier([text(y, rng) for y in labels], labels)
 
 
-# -- the classifiers ---------------------------------------------------------------------------------------------
+# -- windows -----------------------------------------------------------------------------------------------------
 
 
-def test_both_know_good_from_bad(pair: tuple[SentimentClassifier, SentimentClassifier]) -> None:
-    for classifier in pair:
-        good, bad, empty = classifier.log_odds(["a wonderful film, I loved it", "awful and boring, don't bother", ""])
-        assert good > 1 and bad < -1 and abs(empty) < 0.5
-        assert classifier.log_odds(["x"]).dtype == np.float64
+def test_windows_are_stretches_that_do_not_overlap() -> None:
+    words = [f"w{i}" for i in range(100)]  # three whole windows; the last 10 words fill none
+    found = windows(" ".join(words), np.random.default_rng(0))
+    assert found == [" ".join(words[i : i + 30]) for i in (0, 30, 60)]
+    assert WINDOW_WORDS == 30
 
 
-def test_what_is_said_of_their_accuracy(
-    few: tuple[list[Review], ReviewSplit], pair: tuple[SentimentClassifier, SentimentClassifier]
-) -> None:
-    for classifier in pair:
-        said = classifier.held_out
-        assert said["held_out_n"] == len(few[1].parts["held_out"])
-        assert said["held_out_accuracy"] > 0.65  # of an eighth of the data; all of it gives 0.75
-        assert said["held_out_whole_accuracy"] > said["held_out_accuracy"]
-        assert said["held_out_ci95"][0] < said["held_out_accuracy"] < said["held_out_ci95"][1]
+def test_fewer_windows_are_chosen_at_random_and_kept_in_order() -> None:
+    words = " ".join(f"w{i}" for i in range(300))
+    firsts = {windows(words, np.random.default_rng(seed), 1)[0].split()[0] for seed in range(60)}
+    assert firsts == {f"w{30 * i}" for i in range(10)}
+    starts = [int(w.split()[0][1:]) for w in windows(words, np.random.default_rng(1), 4)]
+    assert len(starts) == 4
+    assert starts == sorted(starts)
 
 
-def test_labeler_and_judge_are_fitted_on_different_documents(
-    few: tuple[list[Review], ReviewSplit], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fitted: list[set[str]] = []
-
-    def spy(self: SentimentClassifier, texts: list[str], labels: list[int]) -> None:
-        fitted.append(set(texts))
-
-    monkeypatch.setattr(SentimentClassifier, "__init__", spy)
-    monkeypatch.setattr(SentimentClassifier, "measure", lambda *_: {"held_out_accuracy": 0.0})
-    fit_labeler_and_judge(*few, seed=0)
-    reviews, split = few
-    spaced = [" ".join(r.text.split()) for r in reviews]
-    held_out = "\n".join(spaced[d] for d in split.parts["held_out"])
-    assert len(fitted) == 2
-    assert not fitted[0] & fitted[1]
-    assert not [w for texts in fitted for w in list(texts)[:300] if w in held_out]
+def test_a_short_text_is_its_own_window() -> None:
+    assert windows("only four words here", np.random.default_rng(0)) == ["only four words here"]
+    assert windows("", np.random.default_rng(0)) == [""]
 
 
-def test_windows_do_not_overlap_and_short_texts_are_whole() -> None:
-    words = [str(i) for i in range(200)]
-    found = windows(" ".join(words), np.random.default_rng(0), 3)
-    assert [len(w.split()) for w in found] == [WINDOW_WORDS] * 3
-    assert all(int(a.split()[-1]) < int(b.split()[0]) for a, b in pairwise(found))
-    assert windows("a short one", np.random.default_rng(0), 3) == ["a short one"]
+# -- classifier --------------------------------------------------------------------------------------------------
 
 
-def test_wilson_interval() -> None:
-    assert wilson_interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)  # Brown, Cai, DasGupta 2001
-    assert wilson_interval(10, 10)[1] == pytest.approx(1.0)
+def test_log_odds_are_positive_for_what_people_like(classifier: SentimentClassifier) -> None:
+    liked, disliked, neither = classifier.log_odds(["a wonderful moving film", "an awful boring film", "film"])
+    assert liked > 0.5
+    assert disliked < -0.5
+    assert disliked < neither < liked
+    assert classifier.log_odds(["wonderful"] * 3).dtype == np.float64
 
 
-# -- the labeler -------------------------------------------------------------------------------------------------
+def test_an_empty_text_or_unknown_words_get_the_prior(classifier: SentimentClassifier) -> None:
+    empty, unknown = classifier.log_odds(["", "xyzzy"])
+    assert empty == unknown == pytest.approx(0, abs=0.3)  # half the texts were positive
 
 
-def test_utilities_are_scaled_log_odds() -> None:
-    labeler = SimulatedLabeler(Numbers(), scale=0.5)  # type: ignore[arg-type]
-    assert labeler.utilities(["2", "-1"]).tolist() == [1.0, -0.5]
+def test_measure_counts_by_hand(classifier: SentimentClassifier) -> None:
+    """Three of four right."""
+    measured = classifier.measure(["wonderful", "awful", "brilliant", "funny"], [1, 0, 1, 0])
+    assert measured["held_out_accuracy"] == 0.75
+    assert measured["held_out_n"] == 4
+    assert measured["held_out_ci95"] == wilson_interval(3, 4)
 
 
-def test_pairs_of_a_ranking_are_bradley_terry() -> None:
-    rng, n = np.random.default_rng(0), 20_000
-    ranks = np.array([SimulatedLabeler.rank(UTILITIES, rng) for _ in range(n)])
+def test_wilsons_interval() -> None:
+    """Wilson's formula with z = 1.96 for 8 of 10: (0.8 + 0.19208 +- 1.96 sqrt(0.016 + 0.009604)) / 1.38416."""
+    assert wilson_interval(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert wilson_interval(0, 10)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(10, 10)[1] == pytest.approx(1)
+
+
+# -- labeler and judge -------------------------------------------------------------------------------------------
+
+
+def corpus(flipped: bool = False) -> tuple[list[Review], ReviewSplit]:
+    rng = np.random.default_rng(1)
+    reviews = [Review(text(i % 2, rng, 60), i % 2, "imdb") for i in range(160)]
+    if flipped:
+        reviews[120:] = [Review(r.text, 1 - r.label, r.source) for r in reviews[120:]]
+    return reviews, ReviewSplit({"base": np.arange(100), "ppo": np.arange(100, 120), "held_out": np.arange(120, 160)},
+                                0, "")
+
+
+def test_labeler_and_judge_are_two_classifiers_measured_on_what_neither_saw() -> None:
+    labeler, judge = fit_labeler_and_judge(*corpus(), seed=0)
+    probe = [text(1, np.random.default_rng(9), 12)]
+    assert labeler.log_odds(probe) != judge.log_odds(probe)  # fitted on different halves
+    for c in (labeler, judge):
+        assert c.held_out["held_out_n"] == 40  # one window of each held-out document
+        assert c.held_out["held_out_accuracy"] > 0.9
+        assert c.held_out["held_out_whole_accuracy"] > 0.9
+        low, high = c.held_out["held_out_ci95"]
+        assert low < c.held_out["held_out_accuracy"] <= high
+
+
+def test_the_held_out_part_is_not_learnt_from() -> None:
+    """With every held-out label turned around the classifiers stay as they were, and are wrong about all of these."""
+    honest, wrong = (fit_labeler_and_judge(*corpus(flipped), seed=0) for flipped in (False, True))
+    probe = [text(1, np.random.default_rng(9))]
+    for a, b in zip(honest, wrong, strict=True):
+        assert a.log_odds(probe) == b.log_odds(probe)
+        assert a.held_out["held_out_accuracy"] + b.held_out["held_out_accuracy"] == pytest.approx(1)
+
+
+def test_the_judge_saw_nothing_that_the_labeler_saw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every document has a word of its own; which words a classifier was fitted on tells which documents."""
+    reviews, split = corpus()
+    named = [Review(f"{r.text} {' '.join([f'doc{i}'] * 3)}", r.label, r.source) for i, r in enumerate(reviews)]
+    seen: list[set[str]] = []
+    fit = SentimentClassifier.__init__
+
+    def watched(self: SentimentClassifier, texts: list[str], labels: list[int]) -> None:
+        seen.append({w for t in texts for w in t.split() if w.startswith("doc")})
+        fit(self, texts, labels)
+
+    monkeypatch.setattr(SentimentClassifier, "__init__", watched)
+    monkeypatch.setattr("rlhf_ray.data.sentiment.WINDOW_WORDS", 100)  # whole documents
+    fit_labeler_and_judge(named, split, seed=0)
+    assert [len(s) for s in seen] == [60, 60]
+    assert seen[0] | seen[1] == {f"doc{i}" for i in range(120)}  # all but the held-out ones
+    assert not seen[0] & seen[1]
+
+
+def test_utilities_are_log_odds_times_scale(classifier: SentimentClassifier) -> None:
+    texts = ["wonderful", "awful", "film"]
+    found = SimulatedLabeler(classifier, 2.5).utilities(texts)
+    assert found == pytest.approx(2.5 * classifier.log_odds(texts))
+
+
+# -- ranking -----------------------------------------------------------------------------------------------------
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def test_every_pair_of_a_ranking_is_a_bradley_terry_choice() -> None:
+    """P(i before j) = sigmoid(u_i - u_j); with 20,000 rankings three standard errors are at most 0.011."""
+    utilities, rng = np.array([0.0, 1.0, -0.5, 2.0]), np.random.default_rng(0)
+    ranks = np.array([SimulatedLabeler.rank(utilities, rng) for _ in range(20_000)])
     assert (np.sort(ranks, axis=1) == [1, 2, 3, 4]).all()
     for i in range(4):
         for j in range(i):
-            wanted = 1 / (1 + np.exp(UTILITIES[j] - UTILITIES[i]))
-            assert (ranks[:, i] < ranks[:, j]).mean() == pytest.approx(wanted, abs=4 * 0.5 / n**0.5)
+            before = float((ranks[:, i] < ranks[:, j]).mean())
+            assert before == pytest.approx(sigmoid(utilities[i] - utilities[j]), abs=0.011), (i, j)
 
 
-def test_self_agreement_and_noise_ceiling_are_what_simulation_shows() -> None:
-    rng, n = np.random.default_rng(1), 20_000
-    a, b = (np.array([SimulatedLabeler.rank(UTILITIES, rng) for _ in range(n)]) for _ in range(2))
-    i, j = np.triu_indices(4, k=1)
-    agree = ((a[:, i] < a[:, j]) == (b[:, i] < b[:, j])).mean()
-    best = ((a[:, i] < a[:, j]) == (UTILITIES[i] > UTILITIES[j])).mean()
-    assert SimulatedLabeler.expected_self_agreement(UTILITIES) == pytest.approx(agree, abs=0.01)
-    assert SimulatedLabeler.noise_ceiling(UTILITIES) == pytest.approx(best, abs=0.01)
+def test_the_first_of_a_ranking_is_plackett_luces_choice() -> None:
+    """P(i first) = exp(u_i) / sum: for utilities ln 1, ln 2, ln 5 these are 1/8, 2/8, 5/8."""
+    rng = np.random.default_rng(0)
+    firsts = [int(np.argmin(SimulatedLabeler.rank(np.log([1.0, 2.0, 5.0]), rng))) for _ in range(20_000)]
+    assert np.bincount(firsts) / 20_000 == pytest.approx([0.125, 0.25, 0.625], abs=0.011)
 
 
-def test_their_limits() -> None:
-    alike, apart = np.zeros(3), np.array([100.0, 0.0, -100.0])
-    assert SimulatedLabeler.expected_self_agreement(alike) == SimulatedLabeler.noise_ceiling(alike) == 0.5
-    assert SimulatedLabeler.expected_self_agreement(apart) == pytest.approx(1.0)
-    assert SimulatedLabeler.noise_ceiling(apart) == pytest.approx(1.0)
+def test_the_same_text_has_the_same_rank() -> None:
+    """Spaces around it do not count. Two share a place; the next rank is that of the count of those before."""
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(50):
+        ranks = SimulatedLabeler.rank(np.array([0.0, 0.0, 0.5]), rng, ["same", " same\n", "other"])
+        seen.add(tuple(ranks.tolist()))
+    assert seen == {(1, 1, 3), (2, 2, 1)}
+    assert SimulatedLabeler.rank(np.zeros(4), rng, ["a"] * 4).tolist() == [1, 1, 1, 1]
 
 
-def test_the_same_text_gets_the_same_rank() -> None:
-    rng = np.random.default_rng(2)
-    for _ in range(20):
-        ranks = SimulatedLabeler.rank(np.zeros(4), rng, ["a", "b", " a", "c"])
-        assert ranks[0] == ranks[2]
-        assert len(set(ranks)) == 3
-        assert min(ranks) == 1
+def test_different_texts_never_tie() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        assert sorted(SimulatedLabeler.rank(np.zeros(4), rng, ["a", "b", "c", "d"])) == [1, 2, 3, 4]
+
+
+def test_the_generator_decides_the_ranking() -> None:
+    first, again, other = (SimulatedLabeler.rank(np.zeros(9), np.random.default_rng(s)).tolist() for s in (0, 0, 1))
+    assert first == again != other
+
+
+def test_noise_by_hand_for_a_pair() -> None:
+    """u = (ln 3, 0): p = 3/4. Two rankings agree with 9/16 + 1/16 = 0.625; whoever knows u is right with 0.75."""
+    for utilities in (np.log([3.0, 1.0]), np.log([1.0, 3.0])):
+        assert SimulatedLabeler.expected_self_agreement(utilities) == pytest.approx(0.625)
+        assert SimulatedLabeler.noise_ceiling(utilities) == pytest.approx(0.75)
+
+
+def test_noise_of_equals_and_of_extremes() -> None:
+    assert SimulatedLabeler.expected_self_agreement(np.zeros(4)) == pytest.approx(0.5)
+    assert SimulatedLabeler.noise_ceiling(np.zeros(4)) == pytest.approx(0.5)
+    assert SimulatedLabeler.expected_self_agreement(np.array([0.0, 50.0])) == pytest.approx(1)
+    assert SimulatedLabeler.noise_ceiling(np.array([0.0, 50.0])) == pytest.approx(1)
+
+
+def test_noise_is_the_mean_over_all_pairs() -> None:
+    """u = ln (3, 1, 1): two pairs with p = 3/4 and one with 1/2."""
+    utilities = np.log([3.0, 1.0, 1.0])
+    assert SimulatedLabeler.noise_ceiling(utilities) == pytest.approx((0.75 + 0.75 + 0.5) / 3)
+    assert SimulatedLabeler.expected_self_agreement(utilities) == pytest.approx((0.625 + 0.625 + 0.5) / 3)

@@ -1,46 +1,183 @@
-"""From configuration to data, and what is found to be missing before anything starts."""
+"""Where the stages' data comes from: the user's files, or the embedded reviews."""
 
+import json
+import os
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlhf_ray.config.schema import STAGES, DataConfig
-from rlhf_ray.data.sources import check_paths, load_task_data
+from rlhf_ray.data.formats import Demonstration, Message, Prompt
+from rlhf_ray.data.reviews import INSTRUCTION
+from rlhf_ray.data.sources import MAY_NEED, NEEDS, FileData, ReviewData, check_paths, load_task_data
 from rlhf_ray.errors import UserError
 
-
-def test_a_path_that_a_stage_needs_is_asked_for() -> None:
-    with pytest.raises(UserError, match=r"data\.demonstrations is not set, and sft needs it"):
-        check_paths(DataConfig(), "sft")
-    with pytest.raises(UserError, match=r"data\.ppo_prompts is not set"):
-        load_task_data(DataConfig()).ppo_prompts()
+ASK = Prompt((Message("user", "Ask"),))
 
 
-def test_a_file_that_is_not_there_is_named_by_the_stage_that_reads_it() -> None:
-    cfg = DataConfig(demonstrations="hf://some/data", comparisons="nowhere.jsonl")
-    check_paths(cfg, "sft")
-    with pytest.raises(UserError, match=r"data\.comparisons=nowhere\.jsonl: no such file"):
-        check_paths(cfg, "compare")
+def written(path: Path, *rows: dict[str, str]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_embedded_reviews_need_no_paths(stage: str) -> None:
-    check_paths(DataConfig(source="reviews"), stage)
+# -- files -------------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_follows_the_files_and_the_keys(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a"}\n')
-    cfg = DataConfig(ppo_prompts=str(path))
-    before = load_task_data(cfg).fingerprint()
-    assert load_task_data(cfg).fingerprint() == before
-    assert load_task_data(DataConfig(ppo_prompts=str(path), template="none")).fingerprint() != before
-    path.write_text('{"prompt": "ab"}\n')
-    assert load_task_data(cfg).fingerprint() != before
+def test_every_member_reads_the_file_of_its_own_key(tmp_path: Path) -> None:
+    keys = ("compare_prompts", "ppo_prompts", "eval_prompts")
+    cfg = DataConfig(
+        source="files", demonstrations=written(tmp_path / "d.jsonl", {"prompt": "Ask", "response": "Answer"}),
+        texts=written(tmp_path / "t.jsonl", {"text": "train"}),
+        eval_texts=written(tmp_path / "e.jsonl", {"text": "held out"}),
+        **{key: written(tmp_path / f"{key}.jsonl", {"prompt": key}) for key in keys},
+    )
+    data = load_task_data(cfg)
+    assert data.demonstrations() == [Demonstration(ASK, "Answer")]
+    for key in keys:
+        assert getattr(data, key)() == [Prompt((Message("user", key),))]
+    assert data.texts() == ["train"]
+    assert data.eval_texts() == ["held out"]
 
 
-def test_there_is_no_labeler_or_judge_for_unknown_data() -> None:
-    data = load_task_data(DataConfig())
-    assert data.judge() is None
-    with pytest.raises(UserError, match=r"set compare\.ranker=file"):
+@pytest.mark.parametrize("key", ["demonstrations", "compare_prompts", "ppo_prompts", "eval_prompts", "texts",
+                                 "eval_texts"])
+def test_a_key_that_is_not_set_is_named(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.{key} is not set"):
+        getattr(FileData(DataConfig(source="files")), key)()
+
+
+def test_files_have_no_labeler_and_no_judge(tmp_path: Path) -> None:
+    data = FileData(DataConfig(source="files"))
+    with pytest.raises(UserError, match=r"set compare\.ranker=file and data\.comparisons"):
         data.labeler(1.0)
+    assert data.judge() is None
+    assert data.judge_accuracy() == {"held_out_accuracy": None}
+    assert data.counts() == {}
+    data.save_split(tmp_path / "split.json")
+    assert not (tmp_path / "split.json").exists()
+
+
+def test_the_fingerprint_changes_with_a_file_and_with_the_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+
+    def fingerprint(**options: object) -> str:
+        return FileData(DataConfig(source="files", demonstrations=str(path), **options)).fingerprint()
+
+    missing = fingerprint()
+    written(path, {"prompt": "a", "response": "b"})
+    os.utime(path, ns=(10, 10))
+    first = fingerprint()
+    assert fingerprint() == first != missing
+    written(path, {"prompt": "a", "response": "longer"})
+    os.utime(path, ns=(10, 10))
+    larger = fingerprint()
+    os.utime(path, ns=(10, 11))
+    touched = fingerprint()
+    other = fingerprint(max_prompt_tokens=65)
+    assert len({missing, first, larger, touched, other}) == 5
+
+
+# -- checking paths before anything starts -----------------------------------------------------------------------
+
+
+def test_the_keys_of_the_table_exist() -> None:
+    keys = {f.name for f in fields(DataConfig)}
+    assert set(NEEDS) == set(STAGES)
+    assert {key for table in (NEEDS, MAY_NEED) for names in table.values() for key in names} <= keys
+
+
+@pytest.mark.parametrize(("stage", "key"), [
+    ("pretrain", "texts"), ("sft", "demonstrations"), ("rm", "demonstrations"), ("ppo", "ppo_prompts"),
+    ("eval", "eval_prompts"),
+])
+def test_a_stage_names_the_key_that_it_lacks(stage: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key} is not set, and {stage} needs it"):
+        check_paths(DataConfig(source="files"), stage)
+
+
+@pytest.mark.parametrize(("stage", "key"), [
+    ("sft", "demonstrations"), ("rm", "demonstrations"), ("ppo", "ppo_prompts"), ("compare", "comparisons"),
+])
+def test_a_file_that_is_not_there_is_named_with_its_key(stage: str, key: str, tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(UserError) as error:
+        check_paths(DataConfig(source="files", **{key: str(path)}), stage)
+    assert str(error.value) == f"data.{key}={path}: no such file"
+
+
+def test_what_is_there_or_on_the_hub_passes(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("not read here")
+    check_paths(DataConfig(source="files", demonstrations=str(path)), "sft")
+    check_paths(DataConfig(source="files", demonstrations="hf://name:train"), "sft")
+    check_paths(DataConfig(source="files"), "compare")
+    check_paths(DataConfig(source="reviews"), "sft")
+    check_paths(DataConfig(source="files"), "doctor")
+
+
+# -- reviews -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reviews() -> ReviewData:
+    data = load_task_data(DataConfig(source="reviews", split_seed=0))
+    assert isinstance(data, ReviewData)
+    return data
+
+
+def openings(prompts: list[Prompt]) -> list[str]:
+    return [p.turns[0].content.removeprefix(INSTRUCTION) for p in prompts]
+
+
+def test_every_prompt_is_of_a_document_of_its_own_part(reviews: ReviewData) -> None:
+    for name, prompts in (("compare", reviews.compare_prompts()), ("ppo", reviews.ppo_prompts()),
+                          ("held_out", reviews.eval_prompts())):
+        mine = "\n".join(reviews.all[d].text for d in reviews.split.parts[name])
+        assert len(prompts) > 1000
+        assert all(opening in mine for opening in openings(prompts)[:300])
+
+
+def test_prompts_are_not_repeated_within_or_between_the_parts(reviews: ReviewData) -> None:
+    """Documents never overlap; what two of them share is at most a phrase such as `This is one of the`."""
+    parts = [openings(p) for p in (reviews.compare_prompts(), reviews.ppo_prompts(), reviews.eval_prompts())]
+    for part in parts:
+        assert len(set(part)) == len(part)
+    for i, part in enumerate(parts):
+        for other in parts[:i]:
+            shared = set(part) & set(other)
+            assert len(shared) < 0.01 * min(len(part), len(other))
+            assert max((len(s.split()) for s in shared), default=0) <= 6
+
+
+def test_ppo_sees_more_than_one_prompt_of_a_document(reviews: ReviewData) -> None:
+    documents = len(reviews.split.parts["ppo"])
+    assert documents < len(reviews.ppo_prompts()) <= 4 * documents
+    assert len(reviews.eval_prompts()) <= len(reviews.split.parts["held_out"])
+
+
+def test_held_out_texts_are_not_among_the_texts(reviews: ReviewData) -> None:
+    train, held = reviews.texts(), reviews.eval_texts()
+    assert (len(train), len(held)) == (reviews.counts()["base"], reviews.counts()["held_out"])
+    assert not set(train) & set(held)
+
+
+def test_reviews_are_read_once_per_seed(reviews: ReviewData) -> None:
+    assert load_task_data(DataConfig(source="reviews", split_seed=0, template="none")) is reviews
+    assert load_task_data(DataConfig(source="reviews", split_seed=1)) is not reviews
+
+
+def test_the_fingerprint_of_the_reviews_is_that_of_corpus_and_seed(reviews: ReviewData) -> None:
+    other = ReviewData(1)
+    other.all = reviews.all  # read once
+    again = ReviewData(0)
+    again.all = reviews.all
+    assert again.fingerprint() == reviews.fingerprint() != other.fingerprint()
+
+
+def test_the_split_is_saved_where_it_is_asked_for(reviews: ReviewData, tmp_path: Path) -> None:
+    reviews.save_split(tmp_path / "split.json")
+    saved = json.loads((tmp_path / "split.json").read_text())
+    assert saved["counts"] == reviews.counts()
+    assert np.array_equal(saved["documents"]["held_out"], reviews.split.parts["held_out"])

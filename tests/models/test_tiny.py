@@ -11,7 +11,8 @@ from rlhf_ray.config.schema import ModelConfig, PretrainConfig
 from rlhf_ray.models.hub import load_causal_lm, load_tokenizer
 from rlhf_ray.models.tiny import ASSISTANT, BOS, EOS, USER, new_llama, save_untrained, train_tokenizer
 
-TEXTS = ["the film is good, the film is long", "the actors are good"] * 20
+TEXTS = ["the film is good, the film is long", "the actors are good", "a story told with warmth", "slow and dull",
+         "what a surprising, funny and moving comedy", "nobody needs another sequel"] * 20
 CFG = PretrainConfig(vocab_size=320, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=64, block_length=16)
 USER_TURN = {"role": "user", "content": "the film"}
 
