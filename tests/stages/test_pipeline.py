@@ -1,0 +1,89 @@
+"""Which stages a change makes stale: those that read what changed, and all after them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.config.schema import STAGES, Config
+from rlhf_ray.stages.pipeline import DEPENDS, fingerprints
+
+
+def config() -> Config:
+    return Config(stages=["sft", "compare", "rm", "ppo", "eval"])  # data.source=files, none named: nothing is read
+
+
+def stale(change: Callable[[Config], None]) -> list[str]:
+    """The stages whose fingerprint a change alters."""
+    cfg = config()
+    change(cfg)
+    before, after = fingerprints(config()), fingerprints(cfg)
+    return [name for name in before if before[name] != after[name]]
+
+
+def at(key: str, value: object) -> Callable[[Config], None]:
+    def change(cfg: Config) -> None:
+        *path, last = key.split(".")
+        part: object = cfg
+        for name in path:
+            part = getattr(part, name)
+        assert getattr(part, last) != value
+        setattr(part, last, value)
+
+    return change
+
+
+def test_nothing_changes_by_itself() -> None:
+    assert stale(lambda cfg: None) == []
+    assert list(fingerprints(config())) == ["sft", "compare", "rm", "ppo", "eval"]
+    assert len(set(fingerprints(config()).values())) == 5
+
+
+ALL = ["sft", "compare", "rm", "ppo", "eval"]
+
+
+@pytest.mark.parametrize(("key", "value", "wanted"), [
+    ("seed", 1, ALL),
+    ("model.path", "another/model", ALL),
+    ("data.template", "none", ALL),
+    ("sft.optimizer.lr", 0.5, ALL),
+    ("roles.supervised.ranks", 3, ALL),
+    ("compare.prompts", 7, ["compare", "rm", "ppo", "eval"]),
+    ("roles.generator.replicas", 3, ["compare", "rm", "ppo", "eval"]),
+    ("rm.epochs", 2, ["rm", "ppo", "eval"]),
+    ("algorithm.kl_coef", 0.5, ["ppo", "eval"]),
+    ("ppo.iterations", 1, ["ppo", "eval"]),
+    ("rollout.temperature", 0.5, ["ppo", "eval"]),
+    ("roles.policy.ranks", 2, ["ppo", "eval"]),
+    ("eval.prompts", 7, ["eval"]),
+    ("logging.wandb", "offline", []),
+    ("output_dir", "elsewhere", []),
+    ("cluster.dashboard", True, []),
+])
+def test_a_change_makes_its_stage_and_all_after_it_stale(key: str, value: object, wanted: list[str]) -> None:
+    assert stale(at(key, value)) == wanted
+
+
+def test_a_pretrain_stage_makes_all_after_it_stale() -> None:
+    whole = Config(stages=list(STAGES))
+    other = Config(stages=list(STAGES))
+    other.pretrain.epochs = 9.0
+    before, after = fingerprints(whole), fingerprints(other)
+    assert all(before[name] != after[name] for name in STAGES)
+    assert before["sft"] != fingerprints(config())["sft"]  # with another base
+
+
+def test_another_file_makes_all_stale(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    cfg = config()
+    cfg.data.demonstrations = str(path)
+    path.write_text("one")
+    before = fingerprints(cfg)
+    path.write_text("another")
+    assert all(before[name] != after for name, after in fingerprints(cfg).items())
+
+
+def test_every_stage_depends_on_the_configuration_of_its_own_name() -> None:
+    assert set(DEPENDS) == set(STAGES)
+    for name, sections in DEPENDS.items():
+        assert {"seed", "model", "data", name} <= set(sections)

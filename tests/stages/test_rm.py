@@ -1,0 +1,106 @@
+"""Rankings as tokens, and how well scores order them. Covers lines 9 (same template and EOS as in rollouts), 24 (the
+demonstrations that set the reward bias) and 37 (groups, ties) of the guide on correctness."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.config.schema import Config
+from rlhf_ray.core.types import RankedDataset
+from rlhf_ray.data.formats import Comparison, Demonstration, Message, Prompt
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.tiny import train_tokenizer
+from rlhf_ray.stages.rm import encode, pair_counts
+
+BOS, EOS, USER, ASSISTANT = range(4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer([], 260)  # special tokens and bytes: a letter is a token
+
+
+def config(max_length: int = 64) -> Config:
+    cfg = Config()
+    cfg.model.max_length = max_length
+    return cfg
+
+
+def prompt(text: str) -> Prompt:
+    return Prompt((Message("user", text),))
+
+
+def comparison(text: str, *responses: str, ranks: tuple[int, ...]) -> Comparison:
+    return Comparison(prompt(text), responses, ranks, "anna")
+
+
+def test_ranked_groups_come_first_and_then_every_demonstration_alone(tokenizer: Any) -> None:
+    a, b, c, d, e = (tokenizer.convert_tokens_to_ids(x) for x in "abcde")
+    data, count, dropped = encode(
+        [comparison("a", "b", "cd", ranks=(2, 1)), comparison("b", "c", "", "d", ranks=(1, 3, 1))],
+        [Demonstration(prompt("e"), "a"), Demonstration(prompt("d"), "b")], config(), tokenizer,
+    )
+    assert count == 2
+    assert dropped == 0
+    assert data.groups.tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert data.ranks.tolist() == [2, 1, 1, 3, 1, 1, 1]
+    assert data.lengths.tolist() == [6, 7, 6, 5, 6, 6, 6]
+    assert data.ids.tolist() == [
+        BOS, USER, a, ASSISTANT, b, EOS, BOS, USER, a, ASSISTANT, c, d, EOS,
+        BOS, USER, b, ASSISTANT, c, EOS, BOS, USER, b, ASSISTANT, EOS, BOS, USER, b, ASSISTANT, d, EOS,
+        BOS, USER, e, ASSISTANT, a, EOS, BOS, USER, d, ASSISTANT, b, EOS,
+    ]
+    assert {x.dtype for x in (data.ids, data.lengths, data.ranks, data.groups)} == {np.dtype(np.int32)}
+
+
+def test_a_comparison_with_one_response_too_long_is_left_out_whole_and_counted(tokenizer: Any) -> None:
+    """A group is all of its pairs. Numbers stay without a gap, as they say which group is which."""
+    short = comparison("a", "b", "c", ranks=(1, 2))
+    data, count, dropped = encode(
+        [short, comparison("a", "b", "cde", ranks=(1, 2)), short],
+        [Demonstration(prompt("a"), "bcd"), Demonstration(prompt("a"), "b")], config(max_length=7), tokenizer,
+    )
+    assert (count, dropped) == (2, 1)
+    assert data.groups.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_too_few_comparisons_left(tokenizer: Any) -> None:
+    """One group cannot be split into training and validation."""
+    both = [comparison("a", "b", "c", ranks=(1, 2)), comparison("a", "b", "cde", ranks=(1, 2))]
+    with pytest.raises(UserError, match=r"1 of 2 comparisons fit model\.max_length=7"):
+        encode(both, [], config(max_length=7), tokenizer)
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------
+
+
+def ranked(ranks: list[int], groups: list[int]) -> RankedDataset:
+    n = len(ranks)
+    return RankedDataset(np.zeros(n, np.int32), np.ones(n, np.int32), np.array(ranks, np.int32),
+                         np.array(groups, np.int32))
+
+
+def test_pairs_by_hand() -> None:
+    """Ranks 1, 2, 3 and scores 5, 1, 2: 1-2 right, 1-3 right, 2-3 wrong."""
+    correct, total = pair_counts(ranked([1, 2, 3], [0, 0, 0]), np.array([0]), np.array([5.0, 1.0, 2.0]))
+    assert correct.tolist() == [2]
+    assert total.tolist() == [3]
+
+
+def test_ties_of_the_labeler_are_no_pairs_and_equal_scores_are_half_right() -> None:
+    """Ranks 1, 1, 2 and scores 3, 7, 3: the tied pair is none; 3 against 3 is half, 7 against 3 is right."""
+    correct, total = pair_counts(ranked([1, 1, 2], [0, 0, 0]), np.array([0]), np.array([3.0, 7.0, 3.0]))
+    assert correct.tolist() == [1.5]
+    assert total.tolist() == [2]
+
+
+def test_every_prompt_is_counted_for_itself_and_only_those_asked_for() -> None:
+    """Scores are not compared between prompts: the worst of group 2 scores above the best of group 0."""
+    data = ranked([1, 2, 1, 2, 2, 1, 1, 1], [0, 0, 1, 1, 2, 2, 3, 3])
+    scores = np.array([1.0, 0.0, 0.0, 1.0, 8.0, 9.0, 5.0, 6.0])
+    correct, total = pair_counts(data, np.array([2, 0, 3]), scores)
+    assert correct.tolist() == [1, 1, 0]  # group 3 is all one tie
+    assert total.tolist() == [1, 1, 0]
+    correct, total = pair_counts(data, np.array([1]), scores)
+    assert (correct.tolist(), total.tolist()) == ([0], [1])

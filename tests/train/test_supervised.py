@@ -1,0 +1,81 @@
+"""What the supervised stages read, and in which order. Covers lines 33 (every epoch shuffles, nothing is dropped) and
+37 (training and validation are split by unit: a prompt with all its responses) of the guide on correctness."""
+
+import numpy as np
+import pytest
+
+from rlhf_ray.train.supervised import batches, deal, split_units
+
+UNITS = np.array([3, 5, 8, 13, 21, 34, 55])
+
+
+def test_batches_by_hand() -> None:
+    """7 units by 3: batches of 3, 3 and 1; seven steps are two epochs and the first batch of a third."""
+    found = list(batches(UNITS, 3, steps=7, seed=0))
+    assert [len(b) for b in found] == [3, 3, 1, 3, 3, 1, 3]
+    for epoch in (found[:3], found[3:6]):
+        assert sorted(np.concatenate(epoch)) == UNITS.tolist()
+    assert set(found[6]) <= set(UNITS.tolist())
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    found = list(batches(np.arange(50), 50, steps=3, seed=0))
+    assert len({tuple(b.tolist()) for b in found}) == 3
+
+
+def test_the_seed_decides_the_order() -> None:
+    first, again, other = ([b.tolist() for b in batches(UNITS, 2, 8, seed)] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_more_steps_go_on_and_do_not_change_the_first() -> None:
+    few, many = ([b.tolist() for b in batches(UNITS, 3, steps, 0)] for steps in (4, 9))
+    assert many[:4] == few
+
+
+@pytest.mark.parametrize(("steps", "batch_size"), [(0, 3), (1, 3), (1, 100), (5, 100), (6, 7), (20, 1)])
+def test_the_number_of_steps_is_the_one_asked_for(steps: int, batch_size: int) -> None:
+    found = list(batches(UNITS, batch_size, steps, seed=0))
+    assert len(found) == steps
+    assert all(1 <= len(b) <= batch_size for b in found)
+
+
+# -- training and validation -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "fraction", "held"), [
+    (100, 0.05, 5), (10, 0.15, 2), (10, 0.5, 5),
+    (10, 0.001, 1), (2, 0.001, 1),  # at least one for validation
+    (10, 0.999, 9), (2, 0.999, 1),  # at least one for training
+])
+def test_every_unit_is_in_one_of_the_two_parts(count: int, fraction: float, held: int) -> None:
+    train, val = split_units(count, fraction, seed=0)
+    assert len(val) == held
+    assert sorted([*train, *val]) == list(range(count))
+    assert train.tolist() == sorted(train)
+    assert val.tolist() == sorted(val)
+
+
+def test_the_split_is_at_random_by_seed() -> None:
+    first, again, other = (split_units(100, 0.2, seed)[1].tolist() for seed in (0, 0, 1))
+    assert first == again != other
+    assert min(first) < 50 < max(first)  # not a block at one end
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_deal_by_hand() -> None:
+    """Weights 5, 4, 3, 3: longest first to the lighter rank gives 5 + 3 and 4 + 3."""
+    weights = np.zeros(60)
+    weights[[3, 5, 8, 13]] = [3, 5, 4, 3]
+    (first,), (second,) = deal(np.array([3, 5, 8, 13]), weights, 2)
+    assert sorted(first) == [5, 13]
+    assert sorted(second) == [3, 8]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 10])
+def test_every_unit_goes_to_one_rank(ranks: int) -> None:
+    calls = deal(UNITS, np.arange(60), ranks)
+    assert len(calls) == ranks  # a rank without units is called too: the calls are collective
+    assert sorted(np.concatenate([part for (part,) in calls])) == UNITS.tolist()
