@@ -27,17 +27,17 @@ class Sample:
     seed: int
 
 
-def sample_seed(run_seed: int, step: int, prompt_index: int, sample: int) -> int:
+def sample_seed(run_seed: int, step: int, position: int) -> int:
     """A seed that no other sample of the run has (up to chance, 1 in 2^31)."""
-    return int(SeedSequence([run_seed, step, prompt_index, sample]).generate_state(1)[0] >> 1)
+    return int(SeedSequence([run_seed, step, position]).generate_state(1)[0] >> 1)
 
 
 class Generator(Role):
     """One vLLM engine. Samples with the weights it was last given, and stamps each shard with their version."""
 
-    def __init__(
+    def setup(
         self, path: str, model: ModelConfig, cfg: GeneratorConfig, prompts: PromptSet, sync_backend: str, seed: int
-    ):
+    ) -> None:
         self.cfg, self.prompts, self.starts = cfg, prompts, offsets(prompts.lengths)
         self.engine = GenerationEngine(path, model, cfg, sync_backend, seed)
 
@@ -79,6 +79,8 @@ class Generator(Role):
         self, samples: Sequence[Sample], responses: list[Response], seconds: float
     ) -> Iterator[RolloutBatch | RolloutInfo]:
         empty = sum(len(r.ids) == 0 for r in responses)
+        if empty == len(responses):
+            return
         kept = sorted((r for r in responses if len(r.ids)), key=lambda r: samples[r.index].position)
         mine = [samples[r.index] for r in kept]
         prompts = [self._prompt(s.prompt_index) for s in mine]

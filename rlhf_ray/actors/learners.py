@@ -7,7 +7,7 @@ references; it reads the arrays from the object store, and puts what it makes ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from rlhf_ray.core.ragged import PackedRows, pack, pad, take, unpad
 from rlhf_ray.core.rewards import apply_truncation, token_rewards
 from rlhf_ray.core.types import RolloutBatch, TokenDataset, TrainBatch
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, save_model, score_shift
+from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, save_model, score_shift
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 if TYPE_CHECKING:
@@ -58,37 +58,39 @@ class _PPOLearner(Role):
     learner: Learner
     cfg: LearnerConfig
     row_length: int
+    one_row: bool
 
     def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
-        return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens)
+        return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens, self.one_row)
 
-    def _train_rows(self, batches: Sequence[TrainBatch], chosen: np.ndarray) -> TrainBatch:
-        """The chosen rollouts of the concatenated batches, as one batch."""
-        lengths = np.concatenate([b.lengths for b in batches])
+    @staticmethod
+    def _whole(batches: Sequence[Any]) -> TrainBatch:
+        """All shards end to end."""
+        parts: list[TrainBatch] = ray.get(list(batches))
+        return TrainBatch(**{f.name: np.concatenate([getattr(b, f.name) for b in parts]) for f in fields(TrainBatch)})
 
-        def of(name: str) -> np.ndarray:
-            return take(np.concatenate([getattr(b, name) for b in batches]), lengths, chosen)
-
-        return TrainBatch(of("ids"), lengths[chosen], of("in_response"), of("old_logprobs"), of("advantages"),
-                          of("values"), of("returns"))
+    @staticmethod
+    def _rows(batch: TrainBatch, chosen: np.ndarray) -> TrainBatch:
+        """The chosen rollouts."""
+        rows = {f.name: take(getattr(batch, f.name), batch.lengths, chosen)
+                for f in fields(TrainBatch) if f.name != "lengths"}
+        return TrainBatch(lengths=batch.lengths[chosen], **rows)
 
 
 class PolicyLearner(_PPOLearner):
     """The policy in training: old log-probabilities, advantages, clipped updates with ptx, weight sync."""
 
-    def __init__(
+    def setup(
         self, where: Rank, path: str, model: ModelConfig, cfg: LearnerConfig, optimizer: OptimizerConfig,
         algorithm: AlgorithmConfig, temperature: float, total_steps: int, ptx: TokenDataset | None, seed: int,
         timeout_s: float,
-    ):
+    ) -> None:
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
         self.path, self.cfg, self.dtype, self.row_length = path, cfg, model.dtype, model.max_length
+        self.one_row = one_row(model)
         self.algorithm, self.temperature, self.ptx = algorithm, temperature, ptx
-        self.address_of_rank_0 = where.master_address
         self.model = load_causal_lm(path, model)
-        if model.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device)
         self.average: dict[str, Tensor] = {}  # EMA of the weights, float32, on rank 0
         self.sender: WeightSender | None = None
@@ -160,10 +162,10 @@ class PolicyLearner(_PPOLearner):
 
         Losses are means over the windows; entropy is not trained on.
         """
-        data: list[TrainBatch] = ray.get(list(batches))
+        data = self._whole(batches)
         report = np.zeros(8)
         for window in windows:
-            rollouts = self._train_rows(data, window.rollouts)
+            rollouts = self._rows(data, window.rollouts)
             ptx = self._ptx_rows(window.ptx)
             tokens, ptx_tokens = self.learner.sum(float(rollouts.in_response.sum()), float(ptx.in_loss.sum()))
             sums = np.zeros(5)
@@ -211,14 +213,16 @@ class PolicyLearner(_PPOLearner):
         p = self.ptx
         return TokenDataset(take(p.ids, p.lengths, blocks), p.lengths[blocks], take(p.in_loss, p.lengths, blocks))
 
-    def connect(self, generators: Sequence[Any], workers_each: int, backend: str, bucket_mib: float,
-                timeout_s: float) -> None:
-        """Open the wire to the generators."""
+    def connect(
+        self, generators: Sequence[Any], workers_each: int, backend: str, meeting_point: tuple[str, int],
+        bucket_mib: float, timeout_s: float,
+    ) -> None:
+        """Open the wire to the generators; they and rank 0 meet at `meeting_point` (on rank 0's node)."""
         from rlhf_ray.engines.weight_sync import WeightSender  # imports vllm, which only these ranks need
 
         engines = RayEngines(generators, workers_each, timeout_s)
         observe = self._observe if self.algorithm.ema_decay and self.learner.rank == 0 else None
-        self.sender = WeightSender(self.learner, engines, backend, self.address_of_rank_0, bucket_mib, observe)
+        self.sender = WeightSender(self.learner, engines, backend, *meeting_point, bucket_mib, observe)
 
     def push(self, version: int) -> None:
         """Bring all generators to the current weights; they then hold `version`, or this raises."""
@@ -246,13 +250,13 @@ class PolicyLearner(_PPOLearner):
 class CriticLearner(_PPOLearner):
     """The value function: starts as the reward model, head included."""
 
-    def __init__(
+    def setup(
         self, where: Rank, path: str, model: ModelConfig, cfg: LearnerConfig, optimizer: OptimizerConfig,
         algorithm: AlgorithmConfig, total_steps: int, seed: int, timeout_s: float,
-    ):
+    ) -> None:
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
-        self.cfg, self.row_length, self.algorithm = cfg, model.max_length, algorithm
+        self.cfg, self.row_length, self.one_row, self.algorithm = cfg, model.max_length, one_row(model), algorithm
         self.model = load_scalar_model(path, model)
         self.learner = Learner(ScalarModel(self.model, score_shift(path)), cfg, optimizer, model.dtype, total_steps,
                                device)
@@ -276,10 +280,10 @@ class CriticLearner(_PPOLearner):
 
     def update(self, batches: Sequence[Any], windows: Sequence[Window]) -> dict[str, float]:
         """One optimizer step per window on the clipped value loss."""
-        data: list[TrainBatch] = ray.get(list(batches))
+        data = self._whole(batches)
         report, spread = np.zeros(5), Moments(0.0, 0.0, 0.0)
         for window in windows:
-            rollouts = self._train_rows(data, window.rollouts)
+            rollouts = self._rows(data, window.rollouts)
             spread += moments(torch.as_tensor(rollouts.returns), torch.as_tensor(rollouts.in_response))
             (tokens,) = self.learner.sum(float(rollouts.in_response.sum()))
             sums = np.zeros(3)

@@ -7,34 +7,42 @@ from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import ModelConfig, ScorerConfig
 from rlhf_ray.core.ragged import PackedRows, pack
 from rlhf_ray.core.types import RolloutBatch
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, score_shift
+from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, score_shift
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 
 class _Scorer(Role):
-    def __init__(self, model: ModelConfig, cfg: ScorerConfig):
+    def _use(self, model: ModelConfig, cfg: ScorerConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(cfg.threads)
-        self.row_length, self.micro_batch_tokens = model.max_length, cfg.micro_batch_tokens
+        self.row_length, self.one_row = model.max_length, one_row(model)
+        self.micro_batch_tokens = cfg.micro_batch_tokens
 
     def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
-        return pack(ids, lengths, self.row_length, self.micro_batch_tokens)
+        return pack(ids, lengths, self.row_length, self.micro_batch_tokens, self.one_row)
 
 
 class RewardModel(_Scorer):
     """Scores whole responses; the shift stored with the model is already taken off."""
 
-    def __init__(self, path: str, model: ModelConfig, cfg: ScorerConfig):
-        super().__init__(model, cfg)
+    def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
+        self._use(model, cfg)
         self.module = ScalarModel(load_scalar_model(path, model), score_shift(path)).to(self.device).eval()
+        self.eos = load_tokenizer(path).eos_token_id
 
     def scores(self, rollout: RolloutBatch) -> np.ndarray:
-        """float32 [N]: the head's output after the last real token of each rollout."""
-        return self.scores_of(rollout.ids, rollout.lengths)
+        """float32 [N]: the head's output after the last token of each rollout.
+
+        A truncated response is read as if it ended there: every response of the reward model's training had an end,
+        and a last token of another kind would be a place where it never learnt to judge.
+        """
+        return self.scores_of(rollout.ids, rollout.lengths, rollout.truncated)
 
     @torch.no_grad()
-    def scores_of(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    def scores_of(self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray) -> np.ndarray:
+        ids = np.insert(ids, np.cumsum(lengths)[truncated], self.eos)
+        lengths = lengths + truncated
         outputs = np.empty(len(ids), dtype=np.float32)
         for rows in self._pack(ids, lengths):
             outputs[rows.index[rows.filled].numpy()] = (
@@ -46,13 +54,15 @@ class RewardModel(_Scorer):
 class ReferenceModel(_Scorer):
     """Log-probabilities under a frozen policy."""
 
-    def __init__(self, path: str, model: ModelConfig, cfg: ScorerConfig):
-        super().__init__(model, cfg)
+    def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
+        self._use(model, cfg)
         self.model = model
+        self.module: CausalLM | None = None
         self.load(path)
 
     def load(self, path: str) -> None:
         """Take another model."""
+        self.module = None  # one at a time in memory
         self.module = CausalLM(load_causal_lm(path, self.model)).to(self.device).eval()
 
     def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
@@ -64,6 +74,7 @@ class ReferenceModel(_Scorer):
         self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray, temperature: float
     ) -> np.ndarray:
         """float32 [T]: log p of the wanted tokens, 0 elsewhere."""
+        assert self.module is not None
         outputs = np.zeros(len(ids), dtype=np.float32)
         for rows in self._pack(ids, lengths):
             chosen = rows.pick(wanted, False)
@@ -76,7 +87,7 @@ class ReferenceModel(_Scorer):
 class Judge(Role):
     """The held-out judge of the embedded task, watching the rollouts; it never takes part in training."""
 
-    def __init__(self, tokenizer_path: str, judge: object):
+    def setup(self, tokenizer_path: str, judge: object) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer, self.judge = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json"), judge

@@ -12,25 +12,24 @@ from torch import Tensor
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.losses import lm_loss, ranking_loss
-from rlhf_ray.core.ragged import PackedRows, offsets, pack, take
+from rlhf_ray.core.ragged import PackedRows, pack, take
 from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, save_model
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 
 class SupervisedLearner(Role):
     """One ZeRO-3 rank. `objective`: "lm" reads a TokenDataset, "ranking" a RankedDataset."""
 
-    def __init__(
+    def setup(
         self, where: Rank, objective: str, path: str, data: TokenDataset | RankedDataset, model: ModelConfig,
         learner: LearnerConfig, optimizer: OptimizerConfig, total_steps: int, seed: int, dropout: float = 0.0,
         autocast: bool = False, timeout_s: float = 1800.0,
-    ):
+    ) -> None:
         torch.manual_seed(seed)
         device = join_group(where, learner.threads, timeout_s)
         self.objective, self.data, self.cfg, self.path = objective, data, learner, path
-        self.starts = offsets(data.lengths)
         self.autocast = autocast
         if objective == "ranking":
             self.model = load_scalar_model(path, model)
@@ -38,9 +37,7 @@ class SupervisedLearner(Role):
         else:
             self.model = load_causal_lm(path, model, dropout)
             module = CausalLM(self.model)
-        if model.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.row_length = model.max_length
+        self.row_length, self.one_row = model.max_length, one_row(model)
         self.learner = Learner(module, learner, optimizer, model.dtype, total_steps, device)
 
     def train(self, rows: Sequence[int]) -> dict[str, float]:
@@ -93,7 +90,7 @@ class SupervisedLearner(Role):
             chosen = np.asarray(units, dtype=np.int64)
             weights = take(d.in_loss, d.lengths, chosen)
             packed = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length,
-                          self.cfg.micro_batch_tokens)
+                          self.cfg.micro_batch_tokens, self.one_row)
             return [(p, (p.pick(weights, False),)) for p in packed], float(weights.sum())
         batches: list[tuple[PackedRows, tuple]] = []
         members = [np.flatnonzero(d.groups == g) for g in units]
@@ -104,7 +101,8 @@ class SupervisedLearner(Role):
                 size += int(d.lengths[members[0]].sum())
                 chunk.append(members.pop(0))
             chosen = np.concatenate(chunk)
-            (rows,) = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length, 1 << 60)
+            (rows,) = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length, 1 << 60,
+                           self.one_row)
             batches.append((rows, (chosen,)))
         return batches, float(len(units))
 

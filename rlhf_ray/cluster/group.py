@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -40,7 +41,6 @@ class Group:
     role: str
     actors: list[Any]
     timeout_s: float
-    infos: list[ActorInfo] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -60,6 +60,11 @@ class Group:
     def call_each(self, method: Callable[..., Any], per_actor: Sequence[Sequence[Any]]) -> list[Any]:
         return wait(self.start_each(method, per_actor), self.timeout_s, f"{self.role}.{method.__name__}")
 
+    def ask(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call `method` on the first actor alone and wait for the result."""
+        ref = getattr(self.actors[0], method.__name__).remote(*args)
+        return wait([ref], self.timeout_s, f"{self.role}.{method.__name__}")[0]
+
 
 def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any]:
     """Results of all references; the first failure is raised at once, without waiting for the others.
@@ -75,12 +80,19 @@ def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any
     return list(ray.get(list(refs)))
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
+
+
 _CASTS = itertools.count(1)  # names of actors are unique in a run: a killed one frees its name only later
 
 
 @ray.remote
-def _node_address() -> str:
-    return str(ray.util.get_node_ip_address())
+def _meeting_point() -> tuple[str, int]:
+    return str(ray.util.get_node_ip_address()), free_port()
 
 
 class Cast:
@@ -91,6 +103,7 @@ class Cast:
         self.groups: list[Group] = []
         self._placement: PlacementGroup | None = None
         self._number = next(_CASTS)
+        self._setups: list[ray.ObjectRef] = []
 
     def __enter__(self) -> Cast:
         missing = shortfall(self.layout, nodes())
@@ -114,12 +127,13 @@ class Cast:
             remove_placement_group(self._placement)
             self._placement = None
 
-    def address(self, role: str) -> str:
-        """Address of the node that holds the first actor of a role: where its group meets."""
+    def meeting_point(self, role: str) -> tuple[str, int]:
+        """Where the actors of a role meet: address of the node that holds the first, and a port free there."""
         if len(nodes()) == 1:
-            return "127.0.0.1"
-        return str(ray.get(_node_address.options(
-            num_cpus=0, scheduling_strategy=self._in_bundle(role, 0)).remote(), timeout=self.cfg.start_timeout_s))
+            return "127.0.0.1", free_port()
+        task = _meeting_point.options(num_cpus=0, scheduling_strategy=self._in_bundle(role, 0))
+        address, port = ray.get(task.remote(), timeout=self.cfg.start_timeout_s)
+        return address, port
 
     def _in_bundle(self, role: str, index: int) -> PlacementGroupSchedulingStrategy:
         assert self._placement is not None, "a Cast is used inside its `with` block"
@@ -127,28 +141,29 @@ class Cast:
             self._placement, placement_group_bundle_index=self.layout.assignment[role, index])
 
     def start(
-        self, actor_class: type, role: str, per_actor: Sequence[tuple[Any, ...]], threads: int
+        self, actor_class: type[Role], role: str, per_actor: Sequence[tuple[Any, ...]], threads: int
     ) -> Group:
         """Start one actor per argument tuple, with its share of the layout; they come up side by side: see `ready`."""
         actors = []
-        for i, args in enumerate(per_actor):
+        for i in range(len(per_actor)):
+            env = {**_ROLE_ENV, "OMP_NUM_THREADS": str(threads)}
+            if not self.layout.shares[role, i].gpus:
+                env["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the node's GPUs in sight of actors that asked for none
             options: Any = ray.remote(actor_class).options(
                 name=f"{role}-{i}.{self._number}",
                 num_cpus=self.layout.shares[role, i].cpus,
                 num_gpus=self.layout.shares[role, i].gpus,
                 max_concurrency=1,
                 scheduling_strategy=self._in_bundle(role, i),
-                runtime_env={"env_vars": {**_ROLE_ENV, "OMP_NUM_THREADS": str(threads)}},
+                runtime_env={"env_vars": env},
             )
-            actors.append(options.remote(*args))
+            actors.append(options.remote())
         group = Group(role, actors, self.cfg.call_timeout_s)
         self.groups.append(group)
+        self._setups += group.start_each(actor_class.setup, per_actor)
         return group
 
     def ready(self) -> list[ActorInfo]:
         """Wait until every actor answers; raises what the first failing one raised."""
-        refs = [ref for group in self.groups for ref in group.start(Role.describe)]
-        described = iter(wait(refs, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups)))
-        for group in self.groups:
-            group.infos = [ActorInfo(role=group.role, **next(described)) for _ in group.actors]
-        return [info for group in self.groups for info in group.infos]
+        wait(self._setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
+        return [ActorInfo(role=group.role, **info) for group in self.groups for info in group.call(Role.describe)]

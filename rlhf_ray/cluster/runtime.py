@@ -36,7 +36,6 @@ def session(cfg: Config) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _connect(cfg.cluster, cfg)
     try:
         yield

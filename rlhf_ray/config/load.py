@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, get_args
 from rlhf_ray.config.schema import MISSING, STAGES, Config, LearnerConfig
 from rlhf_ray.errors import UserError
 
+ASSET_SPLIT_SEED = 0  # the split of the reviews that assets://reviews_base was trained on
 ASSETS = "assets://"  # prefix of a model.path that comes with the package
 
 # Which data.* keys a stage reads when data.source=files, beyond those that depend on other options.
@@ -104,6 +105,8 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[str | Path] = ()) -> 
     cfg: Config = _build(Config, tree)
     if cfg.model.path.startswith(ASSETS):
         cfg.model.path = str(Path(__file__).resolve().parents[1] / "assets" / cfg.model.path.removeprefix(ASSETS))
+    elif cfg.model.path.startswith("~"):
+        cfg.model.path = str(Path(cfg.model.path).expanduser())
     return cfg
 
 
@@ -271,11 +274,17 @@ def check_model(cfg: Config, stage: str) -> None:
     """Refuse a local model.path that holds no model, unless `stage` makes it; hub names are left to transformers."""
     if not _needs_model(cfg, stages_of(cfg, stage)):
         return
-    path = Path(cfg.model.path).expanduser()
+    path = Path(cfg.model.path)
     local = cfg.model.path.startswith((".", "/", "~")) or cfg.model.path.count("/") > 1 or path.exists()
     if local and not (path / "config.json").is_file():
         raise UserError(f"model.path={cfg.model.path}: no model there (no config.json); give a Hugging Face directory "
                         "or hub name, or make one with `rlhf-ray pretrain`")
+    if not local:
+        return
+    context = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
+    if context is not None and cfg.model.max_length > context:
+        raise UserError(f"model.max_length={cfg.model.max_length} is more than the {context} positions that "
+                        f"{cfg.model.path} was built for: lower it")
 
 
 def _out_of_range(cfg: Config) -> Iterator[str]:
@@ -329,6 +338,9 @@ def _missing(cfg: Config, runs: list[str]) -> Iterator[str]:
                f"scratch: leave pretrain out, stages=[{','.join(s for s in cfg.stages if s != 'pretrain')}], or set "
                "pretrain.init=model")
     if cfg.data.source == "reviews":
+        if cfg.data.split_seed != ASSET_SPLIT_SEED and cfg.model.path.endswith("assets/reviews_base") and runs:
+            yield (f"data.split_seed={cfg.data.split_seed} would hold out reviews that the base model has read: it was "
+                   f"trained on the split of data.split_seed={ASSET_SPLIT_SEED}; make a base of your own with pretrain")
         if "compare" in runs and cfg.compare.ranker == "file" and not cfg.data.comparisons:
             yield _no_data("comparisons", "compare.ranker=file", "or set compare.ranker=simulated")
         return
@@ -428,6 +440,9 @@ def _colocated(generator: Any, policy: LearnerConfig) -> Iterator[str]:
     if generator.replicas != policy.ranks:
         yield (f"cluster.placement=colocated pairs generators with policy ranks, but roles.generator.replicas="
                f"{generator.replicas} and roles.policy.ranks={policy.ranks}: make them equal")
+    if generator.gpus and generator.gpu_memory_utilization > generator.gpus:
+        yield (f"roles.generator.gpu_memory_utilization={generator.gpu_memory_utilization:g} is more than its share of "
+               f"the GPU, roles.generator.gpus={generator.gpus:g}: lower the first")
     if generator.gpus + policy.gpus > 1:
         yield (f"cluster.placement=colocated shares a GPU, but roles.generator.gpus={generator.gpus:g} + "
                f"roles.policy.gpus={policy.gpus:g} is more than 1: use shares such as 0.5 and 0.5")

@@ -88,10 +88,13 @@ def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
     return rows
 
 
-def pack(ids: np.ndarray, lengths: np.ndarray, row_length: int, tokens_per_batch: int) -> list[PackedRows]:
+def pack(
+    ids: np.ndarray, lengths: np.ndarray, row_length: int, tokens_per_batch: int, one_row: bool = False
+) -> list[PackedRows]:
     """Flat ids [T] to micro-batches of at most `tokens_per_batch` places (at least one row each).
 
-    Rows are as long as the fullest of their micro-batch, at most `row_length`.
+    Rows are as long as the fullest of their micro-batch, at most `row_length`. one_row: lay a micro-batch's rows end to
+    end, [1, R * L]: kernels for variable length tell sequences apart in a batch of one row only.
     """
     rows = plan_rows(lengths, max(row_length, int(max(lengths, default=1))))
     per_batch = max(1, tokens_per_batch // max(row_length, int(max(lengths, default=1))))
@@ -110,6 +113,8 @@ def pack(ids: np.ndarray, lengths: np.ndarray, row_length: int, tokens_per_batch
                 index[r, at : at + n] = torch.arange(int(starts[i]), int(starts[i]) + n)
                 positions[r, at : at + n] = torch.arange(n)
                 at += n
+        if one_row:
+            index, positions = index.reshape(1, -1), positions.reshape(1, -1)
         batches.append(PackedRows(torch.where(index >= 0, flat[index.clamp(min=0)], 0), positions, index))
     return batches
 

@@ -10,6 +10,11 @@ from rlhf_ray.errors import UserError
 BATCH = 1024  # documents tokenized at once: a corpus as Python lists takes ten times its size as int32
 
 
+def some_blocks(blocks: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` blocks (or all, if there are fewer) from all over: documents may lie in an order, by label say."""
+    return blocks[np.sort(np.random.default_rng(seed).permutation(len(blocks))[:count])]
+
+
 def token_blocks(texts: Sequence[str], tokenizer: Any, block_length: int) -> np.ndarray:
     """Documents, each as BOS + tokens + EOS, end to end, cut into blocks: int32 [n, block_length].
 

@@ -34,7 +34,6 @@ class Response:
 def cpu_environment(cfg: GeneratorConfig) -> dict[str, str]:
     """Environment of an engine on CPU, to be set before vLLM is imported."""
     return {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in the actor's process: ready in seconds
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins all threads of all engines to one core
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -54,6 +53,9 @@ class GenerationEngine:
     def __init__(self, path: str, model: ModelConfig, cfg: GeneratorConfig, sync_backend: str, seed: int):
         import torch
 
+        if cfg.tensor_parallel_size == 1:
+            # The engine lives in the actor's own process: ready in seconds, and CUDA IPC handles need no pickling.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if not torch.cuda.is_available():
             os.environ.update(cpu_environment(cfg))
         from vllm import LLM

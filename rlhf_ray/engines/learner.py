@@ -11,7 +11,6 @@ over ranks; the loss is multiplied by the world size to undo that.
 
 import math
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,13 +24,6 @@ from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
 from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.models.modules import CausalLM
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,6 @@ class Learner:
         self.cfg, self.optimizer_cfg, self.total_steps = cfg, optimizer, total_steps
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps_done = 0
-        module.to(device)
         adamw = torch.optim.AdamW(
             [
                 {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},

@@ -45,7 +45,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from rlhf_ray.engines.learner import Learner, free_port
+from rlhf_ray.engines.learner import Learner
 
 _CONNECT_TIMEOUT = timedelta(seconds=120)
 
@@ -335,7 +335,8 @@ class WeightSender:
     """One learner rank's end of the sync. All ranks call `push` together; rank 0 talks to the engines."""
 
     def __init__(
-        self, learner: Learner, engines: Engines, backend: str, address: str, bucket_mib: float, observe: Any = None
+        self, learner: Learner, engines: Engines, backend: str, address: str, port: int, bucket_mib: float,
+        observe: Any = None,
     ):
         register()
         bucket = int(bucket_mib * 2**20)
@@ -343,9 +344,9 @@ class WeightSender:
         rank, world = learner.rank, 1 + engines.workers
         info: TrainerInitInfo
         if backend == "gloo":
-            info = GlooTrainerInitInfo(address, free_port(), world, bucket, rank=rank)
+            info = GlooTrainerInitInfo(address, port, world, bucket, rank=rank)
         elif backend == "nccl":
-            info = NCCLTrainerInitInfo(address, free_port(), world, packed_buffer_size_bytes=bucket, rank=rank)
+            info = NCCLTrainerInitInfo(address, port, world, packed_buffer_size_bytes=bucket, rank=rank)
         else:
             info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=bucket, rank=rank)
         self._engine = WeightTransferTrainerFactory.trainer_init(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -39,15 +40,16 @@ def _load(kind: Any, path: str, cfg: ModelConfig, dropout: float, **options: Any
         model = kind.from_pretrained(
             _found(path), dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation, **options
         )
-    except OSError as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}; set model.path to a "
                         "Hugging Face directory or a name that this machine can download") from error
     # In the modules, not in the config: what is saved later keeps the model's own values.
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-        elif hasattr(module, "attention_dropout"):
-            module.attention_dropout = dropout
+        rates = [n for n, v in vars(module).items() if isinstance(v, float) and n.endswith(("dropout", "layerdrop"))]
+        for name in ["p"] if isinstance(module, nn.Dropout) else rates:
+            setattr(module, name, dropout)
+    if cfg.gradient_checkpointing:  # takes effect in training mode only
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
@@ -85,9 +87,9 @@ def score_shift(path: str) -> float:
     return float(json.loads((Path(path) / "config.json").read_text()).get(SCORE_SHIFT, 0.0))
 
 
-def context_length(path: str) -> int | None:
-    """Positions that the model was built for, if its config says so."""
-    return getattr(AutoConfig.from_pretrained(_found(path)), "max_position_embeddings", None)
+def one_row(cfg: ModelConfig) -> bool:
+    """Whether sequences are told apart only in micro-batches of one row: see `core.ragged.pack`."""
+    return cfg.attn_implementation == "flash_attention_2"
 
 
 def save_model(
@@ -105,5 +107,9 @@ def save_model(
     saved = model.config.to_dict() | {"dtype": dtype, "architectures": [type(model).__name__]} | config
     (temporary / "config.json").write_text(json.dumps(saved, indent=2, default=str) + "\n")
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.replace(path)
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)  # at every moment one whole model is there
+    temporary.rename(path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -22,6 +22,17 @@ class LogprobHead(nn.Module):
         return token_logprobs(hidden, self.weight, targets, temperature)
 
 
+class ScalarHead(nn.Module):
+    """Takes the place of `score`: one float32 number per state, whatever the dtype of the model."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
 class CausalLM(nn.Module):
     """A language model that answers with the log-probability of given tokens."""
 
@@ -50,12 +61,13 @@ class ScalarModel(nn.Module):
     def __init__(self, model: Any, shift: float = 0.0):
         super().__init__()
         self.model: Any = model
+        self.model.score = ScalarHead(model.score.weight)
         self.shift = shift
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions int64 [R, L] -> float32 [R, L]: the head's output after reading each token."""
         scores: Tensor = self.model.score(_hidden_states(self.model, ids, positions))
-        return scores.squeeze(-1).float() - self.shift
+        return scores - self.shift
 
     @staticmethod
     def values(outputs: Tensor) -> Tensor:

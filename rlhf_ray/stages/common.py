@@ -1,5 +1,6 @@
 """What all stages share: where things lie, and the record that each stage leaves."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.load import to_yaml
+from rlhf_ray.config.load import config_fingerprint, to_yaml
 from rlhf_ray.config.schema import Config
 from rlhf_ray.data.sources import load_task_data
+from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.memory import RssSampler
 from rlhf_ray.metrics.progress import console
 
@@ -26,6 +28,11 @@ class Paths:
 
     def stage(self, name: str) -> Path:
         return self.root / name
+
+    def require(self, name: str) -> None:
+        """Raise UserError unless the stage `name` has ended well in this run's directory."""
+        if not (self.stage(name) / "stage.json").is_file():
+            raise UserError(f"{self.stage(name)} has no finished {name}: run `rlhf-ray {name}` first (same output_dir)")
 
     @property
     def base(self) -> Path:
@@ -86,6 +93,39 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
+# The sections of the configuration that each stage's result depends on, besides the stages before it.
+DEPENDS = {
+    "pretrain": ["seed", "model", "data", "pretrain", "roles.supervised"],
+    "sft": ["seed", "model", "data", "sft", "roles.supervised"],
+    "compare": ["seed", "model", "data", "compare", "roles.generator"],
+    "rm": ["seed", "model", "data", "rm", "roles.supervised"],
+    "ppo": ["seed", "model", "data", "rollout", "algorithm", "ppo", "roles", "weight_sync"],
+    "eval": ["seed", "model", "data", "rollout", "eval", "roles"],
+}
+
+
+def fingerprints(cfg: Config) -> dict[str, str]:
+    """Of every stage to run: a hash of its configuration, its data, and all stages before it,
+    the base model included."""
+    chain, out = f"{load_task_data(cfg.data).fingerprint()} {_model_fingerprint(cfg.model.path)}", {}
+    for name in cfg.stages:
+        chain = hashlib.sha256(f"{chain} {name} {config_fingerprint(cfg, DEPENDS[name])}".encode()).hexdigest()
+        out[name] = chain
+    return out
+
+
+def _model_fingerprint(path: str) -> str:
+    """Name, size and time of every file of a local model; of a hub model, its name."""
+    files = sorted(p for p in Path(path).glob("*") if p.is_file())
+    return f"{path} " + " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+
+
+def stage_record(cfg: Config, name: str) -> dict[str, Any] | None:
+    """What a stage recorded when it ended well, or None."""
+    path = Paths(cfg).stage(name) / "stage.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 @contextmanager
 def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
     """Run a stage: its resolved configuration first, its record (with seconds and peak memory) if it ends well."""
@@ -98,6 +138,7 @@ def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
     started, record = time.monotonic(), StageRecord(name)
     with RssSampler() as memory:
         yield record
-    record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib)
+    record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
+               fingerprint=fingerprints(cfg).get(name))
     write_json(directory / "stage.json", record.values)
     console.print(f"{name} done in {record.values['seconds']:.0f} s")

@@ -15,10 +15,9 @@ from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import PromptSet
-from rlhf_ray.data.blocks import token_blocks
+from rlhf_ray.data.blocks import some_blocks, token_blocks
 from rlhf_ray.data.prompts import encode_prompts
 from rlhf_ray.data.sources import TaskData, load_task_data
-from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.statistics import distinct_n, win_rate
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
@@ -47,18 +46,19 @@ def run(cfg: Config) -> None:
     with stage(cfg, "eval") as record:
         evaluate(cfg, record)
     publish(cfg)
+    console.print(f"report: {Paths(cfg).root / 'report.html'}")
 
 
 def evaluate(cfg: Config, record: StageRecord) -> None:
     paths, task_data = Paths(cfg), load_task_data(cfg.data)
     models = {"base": paths.start, "sft": str(paths.sft), "ppo": str(paths.policy)}
-    for made, maker in ((paths.sft, "sft"), (paths.reward, "rm"), (paths.policy, "ppo")):
-        if not made.is_dir():
-            raise UserError(f"{made} does not exist: run `rlhf-ray {maker}` first (same output_dir)")
+    for maker in ("sft", "rm", "ppo"):
+        paths.require(maker)
     tokenizer = load_tokenizer(models["sft"])
     kept, encoded, dropped = encode_prompts(task_data.eval_prompts()[: cfg.eval.prompts], cfg.data, tokenizer)
     prompts = prompt_set(encoded)
-    blocks = token_blocks(task_data.eval_texts(), tokenizer, cfg.model.max_length)[: cfg.eval.loss_blocks]
+    blocks = token_blocks(task_data.eval_texts(), tokenizer, cfg.model.max_length)
+    blocks = some_blocks(blocks, cfg.eval.loss_blocks, cfg.seed)
     judge = task_data.judge()
     layout = roles.layout_of(cfg, ["generator", "reference", "reward"])
     with session(cfg), Cast(layout, cfg.cluster) as cast:
@@ -95,11 +95,11 @@ def _examine(
     under = {}
     for model in {"sft", name}:
         scorers.call(ReferenceModel.load, models[model])
-        # one after the other on the first actor: this is seconds of work
-        under[model] = scorers.call(ReferenceModel.logprobs_of, ids, lengths, wanted, e.temperature)[0]
+        under[model] = scorers.ask(ReferenceModel.logprobs_of, ids, lengths, wanted, e.temperature)
     scorers.call(ReferenceModel.load, models[name])
-    nll = scorers.call(ReferenceModel.logprobs_of, text.ids, text.lengths, text.in_loss, 1.0)[0]
-    rm = reward.call(RewardModel.scores_of, ids, lengths)[0]
+    nll = scorers.ask(ReferenceModel.logprobs_of, text.ids, text.lengths, text.in_loss, 1.0)
+    truncated = np.array([r[-1] != tokenizer.eos_token_id for r in responses])
+    rm = reward.ask(RewardModel.scores_of, ids, lengths, truncated)
     ends = np.cumsum(lengths)
     kl = np.add.reduceat(under[name] - under["sft"], ends - lengths).astype(np.float64)
     return Answers(

@@ -12,7 +12,6 @@ from rlhf_ray.config.schema import Config
 from rlhf_ray.data.blocks import token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
-from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import Recorder
 from rlhf_ray.models.hub import load_tokenizer
@@ -33,9 +32,8 @@ def optimizer_steps(cfg: Config, iterations: int) -> int:
 def run(cfg: Config) -> None:
     with stage(cfg, "ppo") as record:
         paths, task_data = Paths(cfg), load_task_data(cfg.data)
-        for path, maker in ((paths.sft, "sft"), (paths.reward, "rm")):
-            if not path.is_dir():
-                raise UserError(f"{path} does not exist: run `rlhf-ray {maker}` first (same output_dir)")
+        for maker in ("sft", "rm"):
+            paths.require(maker)
         sft, reward = str(paths.sft), str(paths.reward)
         tokenizer = load_tokenizer(sft)
         _, prompts, dropped = encode_prompts(task_data.ppo_prompts(), cfg.data, tokenizer)
@@ -60,7 +58,7 @@ def run(cfg: Config) -> None:
             with console.status("starting generator, reward, reference, policy and critic actors"):
                 actors = cast.ready()
                 policy.call(PolicyLearner.connect, generators.actors, cfg.roles.generator.tensor_parallel_size, backend,
-                            cfg.weight_sync.bucket_mib, cfg.cluster.call_timeout_s)
+                            cast.meeting_point("policy"), cfg.weight_sync.bucket_mib, cfg.cluster.call_timeout_s)
             (paths.stage("ppo") / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of this stage
             log = cfg.logging
             with Recorder(paths.stage("ppo"), log.wandb, log.wandb_project, asdict(cfg)) as recorder:

@@ -8,7 +8,7 @@ import numpy as np
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import TokenDataset
-from rlhf_ray.data.blocks import token_blocks
+from rlhf_ray.data.blocks import some_blocks, token_blocks
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.models.tiny import save_untrained
@@ -37,7 +37,8 @@ def train(cfg: Config, record: StageRecord) -> None:
         save_untrained(p, cfg.model.max_length, texts, Path(start), cfg.seed)
     tokenizer = load_tokenizer(start)
     blocks = token_blocks(texts, tokenizer, p.block_length)
-    held_out = token_blocks(task_data.eval_texts(), tokenizer, p.block_length)[: cfg.eval.loss_blocks]
+    held_out = token_blocks(task_data.eval_texts(), tokenizer, p.block_length)
+    held_out = some_blocks(held_out, cfg.eval.loss_blocks, cfg.seed)
     task = Task(
         name="pretrain", objective="lm", path=start, data=block_dataset(np.concatenate([blocks, held_out])),
         train=np.arange(len(blocks)), val=np.arange(len(blocks), len(blocks) + len(held_out)),

@@ -1,22 +1,14 @@
 """The report of a run, put together from what its stages left behind."""
 
-import json
 from typing import Any
 
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import STAGES, Config
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.evaluation.report import validate_report, write_report
-from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import read_history
-from rlhf_ray.stages.common import Paths
+from rlhf_ray.stages.common import Paths, stage_record
 from rlhf_ray.versions import installed
-
-
-def stage_record(cfg: Config, name: str) -> dict[str, Any] | None:
-    """What a stage recorded when it ended well, or None."""
-    path = Paths(cfg).stage(name) / "stage.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
@@ -48,4 +40,3 @@ def publish(cfg: Config, total_seconds: float | None = None) -> None:
     report, samples = build(cfg, total_seconds), (stage_record(cfg, "eval") or {}).get("samples", [])
     write_report(report, read_history(paths.stage("ppo")), samples, paths.root)
     validate_report(report, cfg.eval.baselines)
-    console.print(f"report: {paths.root / 'report.html'}")

@@ -5,7 +5,7 @@ import numpy as np
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import RankedDataset
-from rlhf_ray.data.formats import Comparison, Demonstration, read_comparisons
+from rlhf_ray.data.formats import Comparison, Demonstration, Prompt, read_comparisons
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import encode_prompt, encode_response
 from rlhf_ray.errors import UserError
@@ -20,29 +20,29 @@ SHIFT_DEMONSTRATIONS = 512  # enough for a mean; their scores become 0 on averag
 
 def encode(
     comparisons: list[Comparison], demonstrations: list[Demonstration], cfg: Config, tokenizer: object
-) -> tuple[RankedDataset, int, int]:
+) -> tuple[RankedDataset, list[Comparison]]:
     """Ranked responses, then the demonstrations, each a group of its own.
 
-    Returns (data, number of ranked groups, comparisons left out because a response is too long).
+    Returns the data, and the comparisons in it: groups 0, 1, ... are theirs, in order. A comparison with a response
+    that is too long is left out.
     """
     ids: list[list[int]] = []
     ranks: list[int] = []
     groups: list[int] = []
-    count = dropped = 0
+    kept: list[Comparison] = []
     for c in comparisons:
         prompt = encode_prompt(c.prompt, cfg.data.template, tokenizer)
         responses = [prompt + encode_response(r, tokenizer) for r in c.responses]
         if max(len(r) for r in responses) > cfg.model.max_length:
-            dropped += 1
             continue
         ids += responses
         ranks += c.ranks
-        groups += [count] * len(responses)
-        count += 1
-    if count < 2:
-        raise UserError(f"{count} of {len(comparisons)} comparisons fit model.max_length={cfg.model.max_length}: "
+        groups += [len(kept)] * len(responses)
+        kept.append(c)
+    if len(kept) < 2:
+        raise UserError(f"{len(kept)} of {len(comparisons)} comparisons fit model.max_length={cfg.model.max_length}: "
                         "raise it, or give more comparisons")
-    extra = count
+    extra = len(kept)
     for d in demonstrations:
         whole = encode_prompt(d.prompt, cfg.data.template, tokenizer) + encode_response(d.response, tokenizer)
         if len(whole) <= cfg.model.max_length:
@@ -50,10 +50,19 @@ def encode(
             ranks.append(1)
             groups.append(extra)
             extra += 1
+    if extra == len(kept):
+        raise UserError(f"no demonstration fits model.max_length={cfg.model.max_length}, and the reward model's scores "
+                        "are shifted by those of demonstrations: raise it")
     lengths = np.array([len(x) for x in ids], dtype=np.int32)
     data = RankedDataset(np.concatenate([np.array(x, dtype=np.int32) for x in ids]), lengths,
                          np.array(ranks, dtype=np.int32), np.array(groups, dtype=np.int32))
-    return data, count, dropped
+    return data, kept
+
+
+def prompt_keys(comparisons: list[Comparison]) -> np.ndarray:
+    """A number for each comparison, the same for comparisons of one prompt (by several labelers, say): int64 [N]."""
+    numbers: dict[Prompt, int] = {}
+    return np.array([numbers.setdefault(c.prompt, len(numbers)) for c in comparisons])
 
 
 def pair_counts(data: RankedDataset, groups: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,16 +80,17 @@ def pair_counts(data: RankedDataset, groups: np.ndarray, scores: np.ndarray) -> 
 def run(cfg: Config) -> None:
     with stage(cfg, "rm") as record:
         paths, task_data = Paths(cfg), load_task_data(cfg.data)
+        for maker in ("sft", "compare"):
+            paths.require(maker)
         tokenizer = load_tokenizer(str(paths.sft))
-        source = paths.comparisons
-        if not source.is_file():
-            raise UserError(f"{source} does not exist: run `rlhf-ray compare` first (same output_dir)")
         demonstrations = task_data.demonstrations()
         rng = np.random.default_rng((cfg.seed, 3))
         chosen = rng.permutation(len(demonstrations))[:SHIFT_DEMONSTRATIONS]
         anchors = [demonstrations[i] for i in chosen]
-        data, count, dropped = encode(read_comparisons(str(source)), anchors, cfg, tokenizer)
-        train, val = split_units(count, cfg.rm.val_fraction, cfg.seed)
+        comparisons = read_comparisons(str(paths.comparisons))
+        data, kept = encode(comparisons, anchors, cfg, tokenizer)
+        count = len(kept)
+        train, val = split_units(count, cfg.rm.val_fraction, cfg.seed, prompt_keys(kept))
         weights = np.bincount(data.groups, weights=data.lengths)
         task = Task(
             name="rm", objective="ranking", path=str(paths.sft), data=data, train=train, val=val, weights=weights,
@@ -95,10 +105,15 @@ def run(cfg: Config) -> None:
             shift = float(scores[data.groups >= count].mean())
             trained.group.call(SupervisedLearner.save, str(paths.reward), cfg.model.dtype, {SCORE_SHIFT: shift})
             correct, total = pair_counts(data, val, scores)
-            accuracy, interval = correct.sum() / total.sum(), cluster_interval(correct, total, seed=cfg.seed)
+            judged = np.flatnonzero(total)  # a prompt whose responses all tie says nothing
+            if not len(judged):
+                raise UserError("no pair of the validation prompts has a winner: all their ranks are ties; give more "
+                                "comparisons or raise rm.val_fraction")
+            accuracy = correct.sum() / total.sum()
+            interval = cluster_interval(correct[judged], total[judged], seed=cfg.seed)
             record.add(
                 val_accuracy=accuracy, ci95=list(interval), val_loss=trained.val["loss"], val_prompts=len(val),
-                val_pairs=int(total.sum()), comparisons=count, dropped=dropped, score_shift=shift,
+                val_pairs=int(total.sum()), comparisons=count, dropped=len(comparisons) - count, score_shift=shift,
                 actors=trained.actors, data=task_data.fingerprint(),
             )
             console.print(f"reward model orders {accuracy:.1%} [{interval[0]:.1%}, {interval[1]:.1%}] of held-out "

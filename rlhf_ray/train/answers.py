@@ -34,8 +34,7 @@ def sample_answers(
     chunk: int = 32,
 ) -> list[list[np.ndarray]]:
     """`per_prompt` responses to every prompt: token ids int32, [prompts][per_prompt]."""
-    samples = [Sample(i * per_prompt + k, i, sample_seed(seed, 0, i, k))
-               for i in range(len(prompts.lengths)) for k in range(per_prompt)]
+    samples = [Sample(i, i // per_prompt, sample_seed(seed, 0, i)) for i in range(len(prompts.lengths) * per_prompt)]
     size = chunk * per_prompt
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
     answers: list[list[np.ndarray]] = []

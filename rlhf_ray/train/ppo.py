@@ -76,8 +76,8 @@ class PPOTrainer:
     def samples(self, step: int) -> list[Sample]:
         """What to sample in this step: `samples_per_prompt` rollouts of each of the next prompts."""
         r, seed = self.cfg.rollout, self.cfg.seed
-        pairs = [(int(p), s) for p in self.prompts.take(r.prompts_per_step) for s in range(r.samples_per_prompt)]
-        return [Sample(i, p, sample_seed(seed, step, p, s)) for i, (p, s) in enumerate(pairs)]
+        prompts = np.repeat(self.prompts.take(r.prompts_per_step), r.samples_per_prompt)
+        return [Sample(i, int(p), sample_seed(seed, step, i)) for i, p in enumerate(prompts)]
 
     def score(self, rollouts: Rollouts) -> tuple[float, float]:
         """Old log-probabilities and values, while reward and reference finish. Returns mean entropy and mismatch."""

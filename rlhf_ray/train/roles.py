@@ -14,7 +14,7 @@ from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import JUDGE_CPUS
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.layout import Layout, RoleRequest, check_sync_backend, default_sync_backend, plan_layout
-from rlhf_ray.engines.learner import Rank, free_port
+from rlhf_ray.engines.learner import Rank
 from rlhf_ray.errors import UserError
 
 
@@ -50,9 +50,9 @@ def sync_backend(cfg: Config) -> str:
     return cfg.weight_sync.backend
 
 
-def learner_ranks(world_size: int, address: str = "127.0.0.1") -> list[Rank]:
-    """Where the ranks of a learner group meet: rank 0's node and a free port there."""
-    port = free_port()
+def learner_ranks(cast: Cast, role: str, world_size: int) -> list[Rank]:
+    """Who is who in a learner group, and where it meets."""
+    address, port = cast.meeting_point(role)
     return [Rank(rank, world_size, address, port) for rank in range(world_size)]
 
 
@@ -81,7 +81,7 @@ def policy_learners(cast: Cast, cfg: Config, path: str, steps: int, ptx: Any) ->
     return cast.start(
         PolicyLearner, "policy",
         [(rank, path, cfg.model, p, cfg.ppo.policy_optimizer, cfg.algorithm, cfg.rollout.temperature, steps, ptx,
-          cfg.seed, timeout) for rank in learner_ranks(p.ranks, cast.address("policy"))],
+          cfg.seed, timeout) for rank in learner_ranks(cast, "policy", p.ranks)],
         p.threads,
     )
 
@@ -91,6 +91,6 @@ def critic_learners(cast: Cast, cfg: Config, path: str, steps: int) -> Group:
     return cast.start(
         CriticLearner, "critic",
         [(rank, path, cfg.model, c, cfg.ppo.critic_optimizer, cfg.algorithm, steps, cfg.seed, timeout)
-         for rank in learner_ranks(c.ranks, cast.address("critic"))],
+         for rank in learner_ranks(cast, "critic", c.ranks)],
         c.threads,
     )

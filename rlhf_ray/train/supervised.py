@@ -18,6 +18,7 @@ from rlhf_ray.cluster.group import ActorInfo, Cast, Group
 from rlhf_ray.config.schema import Config, OptimizerConfig
 from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset
+from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import progress_bar
 from rlhf_ray.train.roles import layout_of, learner_ranks
 
@@ -58,11 +59,20 @@ def deal(units: np.ndarray, weights: np.ndarray, ranks: int) -> list[tuple[np.nd
     return [(part,) for part in balance(units, weights, ranks)]
 
 
-def split_units(count: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit numbers for training and for validation, at least one of each."""
-    order = np.random.default_rng((seed, 1)).permutation(count)
-    held = min(count - 1, max(1, round(val_fraction * count)))
-    return np.sort(order[held:]), np.sort(order[:held])
+def split_units(
+    count: int, val_fraction: float, seed: int, keys: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Unit numbers for training and for validation, at least one of each.
+
+    Units of one key (int [count], such as the number of their prompt) stay together. Raises UserError if there is
+    only one key.
+    """
+    keys = np.arange(count) if keys is None else keys
+    kinds = np.random.default_rng((seed, 1)).permutation(np.unique(keys))
+    if len(kinds) < 2:
+        raise UserError("all the data has one prompt: it cannot be split into training and validation; give more")
+    held = np.isin(keys, kinds[: min(len(kinds) - 1, max(1, round(val_fraction * len(kinds))))])
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def batches(train: np.ndarray, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
@@ -92,7 +102,7 @@ def supervised(cfg: Config, task: Task, out_dir: Path) -> Iterator[Trained]:
             SupervisedLearner, "supervised",
             [(rank, task.objective, task.path, data, cfg.model, role, task.optimizer, steps, cfg.seed, task.dropout,
               task.autocast, cfg.cluster.call_timeout_s)
-             for rank in learner_ranks(role.ranks, cast.address("supervised"))],
+             for rank in learner_ranks(cast, "supervised", role.ranks)],
             role.threads,
         )
         actors = cast.ready()

@@ -53,7 +53,8 @@ def test_engines_sample_from_the_learners_weights(ray_session, models, bucket_mi
 
         version = 0
         assert gap(engine_start) < 1e-5
-        policy.call(PolicyLearner.connect, generators.actors, 1, "gloo", bucket_mib, 60.0)
+        policy.call(PolicyLearner.connect, generators.actors, 1, "gloo", cast.meeting_point("policy"),
+                    bucket_mib, 60.0)
         policy.call(PolicyLearner.push, 7)
         version = 7
         assert gap(learner_start) < 1e-5

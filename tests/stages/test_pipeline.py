@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.schema import STAGES, Config
-from rlhf_ray.stages.pipeline import DEPENDS, fingerprints
+from rlhf_ray.stages.common import DEPENDS, fingerprints
 
 
 def config() -> Config:
