@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_no_process_behind(models, files, tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (["roles.policy.ranks=9", "cluster.num_cpus=2"], "cpus: 13 wanted, 2 offered"),
+        (["roles.policy.ranks=3", "cluster.num_cpus=2"], "cpus: 7 wanted, 2 offered"),
         (["roles.policy.gpus=1", "roles.generator.gpus=1"], "gpus"),
     ],
 )
@@ -143,6 +143,7 @@ def test_resources_that_are_not_there_are_named_before_anything_starts(models, f
     for made in ("sft/model", "rm/model"):
         (tmp_path / made).parent.mkdir()
         (tmp_path / made).symlink_to(models[0])
+        (tmp_path / made).parent.joinpath("stage.json").write_text("{}")
     before = ray_processes()
     done = rlhf_ray("ppo", *SMALL, *files, f"model.path={models[0]}", f"output_dir={tmp_path}", "stages=[ppo]", *change)
     assert done.returncode == 2
