@@ -104,10 +104,14 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[str | Path] = ()) -> 
         raise UserError(_one_line(error)) from error
     cfg: Config = _build(Config, tree)
     if cfg.model.path.startswith(ASSETS):
-        cfg.model.path = str(Path(__file__).resolve().parents[1] / "assets" / cfg.model.path.removeprefix(ASSETS))
+        cfg.model.path = _asset(cfg.model.path.removeprefix(ASSETS))
     elif cfg.model.path.startswith("~"):
         cfg.model.path = str(Path(cfg.model.path).expanduser())
     return cfg
+
+
+def _asset(name: str) -> str:
+    return str(Path(__file__).resolve().parents[1] / "assets" / name)
 
 
 def _build(kind: Any, tree: Any) -> Any:
@@ -338,7 +342,8 @@ def _missing(cfg: Config, runs: list[str]) -> Iterator[str]:
                f"scratch: leave pretrain out, stages=[{','.join(s for s in cfg.stages if s != 'pretrain')}], or set "
                "pretrain.init=model")
     if cfg.data.source == "reviews":
-        if cfg.data.split_seed != ASSET_SPLIT_SEED and cfg.model.path.endswith("assets/reviews_base") and runs:
+        if cfg.data.split_seed != ASSET_SPLIT_SEED and cfg.model.path == _asset("reviews_base") and \
+                _needs_model(cfg, runs):
             yield (f"data.split_seed={cfg.data.split_seed} would hold out reviews that the base model has read: it was "
                    f"trained on the split of data.split_seed={ASSET_SPLIT_SEED}; make a base of your own with pretrain")
         if "compare" in runs and cfg.compare.ranker == "file" and not cfg.data.comparisons:

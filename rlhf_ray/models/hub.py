@@ -45,9 +45,10 @@ def _load(kind: Any, path: str, cfg: ModelConfig, dropout: float, **options: Any
                         "Hugging Face directory or a name that this machine can download") from error
     # In the modules, not in the config: what is saved later keeps the model's own values.
     for module in model.modules():
-        rates = [n for n, v in vars(module).items() if isinstance(v, float) and n.endswith(("dropout", "layerdrop"))]
+        rates = [n for n, v in vars(module).items() if type(v) in (int, float) and n.endswith(("dropout", "layerdrop"))]
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
-            setattr(module, name, dropout)
+            # ranks that skip different layers would wait for each other's gathers for ever
+            setattr(module, name, 0.0 if name == "layerdrop" else dropout)
     if cfg.gradient_checkpointing:  # takes effect in training mode only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -104,7 +105,7 @@ def save_model(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
-    saved = model.config.to_dict() | {"dtype": dtype, "architectures": [type(model).__name__]} | config
+    saved = model.config.to_diff_dict() | {"dtype": dtype, "architectures": [type(model).__name__]} | config
     (temporary / "config.json").write_text(json.dumps(saved, indent=2, default=str) + "\n")
     tokenizer.save_pretrained(temporary)
     old = path.with_name(path.name + ".old")

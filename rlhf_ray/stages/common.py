@@ -135,10 +135,11 @@ def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
     (directory / "config.yaml").write_text(to_yaml(cfg))
     load_task_data(cfg.data).save_split(directory.parent / "split.json")
     console.rule(f"[bold]{name}")
+    fingerprint = fingerprints(cfg).get(name)  # of what the stage is about to read
     started, record = time.monotonic(), StageRecord(name)
     with RssSampler() as memory:
         yield record
     record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
-               fingerprint=fingerprints(cfg).get(name))
+               fingerprint=fingerprint)
     write_json(directory / "stage.json", record.values)
     console.print(f"{name} done in {record.values['seconds']:.0f} s")

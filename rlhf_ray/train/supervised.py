@@ -70,7 +70,8 @@ def split_units(
     keys = np.arange(count) if keys is None else keys
     kinds = np.random.default_rng((seed, 1)).permutation(np.unique(keys))
     if len(kinds) < 2:
-        raise UserError("all the data has one prompt: it cannot be split into training and validation; give more")
+        raise UserError("the data has one unit (or one prompt) only: it cannot be split into training and validation; "
+                        "give more")
     held = np.isin(keys, kinds[: min(len(kinds) - 1, max(1, round(val_fraction * len(kinds))))])
     return np.flatnonzero(~held), np.flatnonzero(held)
 

@@ -11,7 +11,7 @@ from rlhf_ray.errors import UserError
 
 GPUS = [f"roles.{role}.gpus=1" for role in ("generator", "reward", "reference", "policy", "critic", "supervised")]
 SHARED = ["cluster.placement=colocated", "roles.generator.replicas=2", "roles.generator.gpus=0.5",
-          "roles.policy.gpus=0.5"]
+          "roles.policy.gpus=0.5", "roles.generator.gpu_memory_utilization=0.4"]
 RL = "stages=[sft,compare,rm,ppo,eval]"
 FILES = ["experiment=null", "data=files", "model.path=some/model", "compare.ranker=file", RL]
 
@@ -75,7 +75,7 @@ def test_extra_dirs_add_recipes(tmp_path: Path) -> None:
     ("~seed", "cannot be removed"),
     ("roles=null", "roles: "),
     ("data={source: files}", "no such data; there are files, reviews"),
-    ("experiment=hf8gpu", "there are hf_8gpu, instructgpt, quickstart; did you mean hf_8gpu?"),
+    ("experiment=hf8gpu", "there are hf_8gpu, instructgpt, quickstart, reviews_base; did you mean hf_8gpu?"),
     ("data=web", "data=web: no such data; there are files, reviews"),
     ("model.path=${nope}", "model.path: Interpolation key 'nope' not found"),
 ])
@@ -107,9 +107,9 @@ def test_all_range_problems_come_together() -> None:
 
 
 @pytest.mark.parametrize(("overrides", "keys"), [
-    (["model.max_length=100", "compare.max_response_tokens=8"],
+    (["model.max_length=100", "data.max_prompt_tokens=64", "compare.max_response_tokens=8"],
      ["data.max_prompt_tokens=64", "rollout.max_response_tokens=48", "model.max_length=100"]),
-    (["compare.max_response_tokens=100"], ["compare.max_response_tokens=100", "model.max_length=128"]),
+    (["compare.max_response_tokens=100"], ["compare.max_response_tokens=100", "model.max_length=112"]),
     (["rollout.prompts_per_step=16", "rollout.samples_per_prompt=2"],
      ["algorithm.minibatch_size=64", "rollout.prompts_per_step=16", "rollout.samples_per_prompt=2"]),
     (["algorithm.minibatch_size=1"], ["algorithm.minibatch_size=1", "roles.policy.ranks=2"]),
@@ -124,6 +124,8 @@ def test_all_range_problems_come_together() -> None:
     (["cluster.placement=colocated", "roles.generator.replicas=2", *GPUS],
      ["cluster.placement=colocated", "roles.generator.gpus=1", "roles.policy.gpus=1"]),
     ([*SHARED, "roles.generator.tensor_parallel_size=2"], ["roles.generator.tensor_parallel_size=2"]),
+    ([*SHARED, "roles.generator.gpu_memory_utilization=0.6"],
+     ["roles.generator.gpu_memory_utilization=0.6", "roles.generator.gpus=0.5"]),
     (["roles.generator.tensor_parallel_size=2"], ["roles.generator.tensor_parallel_size=2", "roles.generator.gpus=0"]),
     (["model.attn_implementation=flash_attention_2"],
      ["model.attn_implementation=flash_attention_2", "roles.policy.gpus=0"]),
@@ -140,6 +142,7 @@ def test_all_range_problems_come_together() -> None:
     (["experiment=null", "pretrain.init=model"], ["model.path is not set"]),
     (["experiment=null", "model.path=a/b"], ["model.path=a/b would not be used", f"leave pretrain out, {RL}"]),
     (["compare.ranker=file"], ["data.comparisons is not set", "compare.ranker=file"]),
+    (["data.split_seed=1"], ["data.split_seed=1", "data.split_seed=0"]),  # the bundled base has read what is held out
     (["data.source=files"], ["compare.ranker=simulated", "data.source=files"]),
     (FILES, ["data.comparisons is not set", "data.demonstrations is not set, but needed by sft and rm",
              "data.ppo_prompts", "data.eval_prompts", "data.eval_texts"]),
@@ -165,7 +168,10 @@ def test_contradictions_name_their_keys(overrides: list[str], keys: list[str]) -
     ([*GPUS, "weight_sync.backend=nccl", "model.dtype=bfloat16"], "ppo"),
     ([*FILES, "data.demonstrations=d.jsonl"], "sft"),
     ([*FILES, "data.ppo_prompts=p.jsonl"], "ppo"),
-    (["data.max_prompt_tokens=80"], "ppo"),  # exactly the context
+    (["data.max_prompt_tokens=64"], "ppo"),  # exactly the context
+    ([*SHARED, "roles.generator.gpu_memory_utilization=0.5"], "ppo"),  # exactly its share
+    (["data.split_seed=1", "model.path=a/b"], "sft"),
+    (["experiment=reviews_base", "data.split_seed=1"], "pretrain"),
 ])
 def test_what_is_fine(overrides: list[str], stage: str) -> None:
     validate(compose(overrides), stage)
@@ -182,6 +188,14 @@ def test_local_model_must_be_there(tmp_path: Path) -> None:
     check_model(compose(["model.path=Org/Name"]), "sft")
     with pytest.raises(UserError, match="assets/nope"):
         check_model(compose(["model.path=assets://nope"]), "sft")
+
+
+def test_a_context_that_the_model_was_not_built_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 96}')
+    with pytest.raises(UserError, match=r"model\.max_length=97 .*96 positions"):
+        check_model(compose([f"model.path={tmp_path}", "model.max_length=97"]), "sft")
+    check_model(compose([f"model.path={tmp_path}", "model.max_length=96"]), "sft")
+    check_model(compose([f"model.path={tmp_path}", "model.max_length=97"]), "pretrain")  # from scratch: not read
 
 
 def test_yaml_is_the_whole_configuration() -> None:

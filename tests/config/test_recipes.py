@@ -13,7 +13,7 @@ from rlhf_ray.stages.doctor import wanted_gpus
 RECIPES = groups()["experiment"]
 PATHS = [f"data.{name}={name}.jsonl" for name in
          ("demonstrations", "comparisons", "ppo_prompts", "eval_prompts", "texts", "eval_texts")]
-GIVEN = {"quickstart": [], "hf_8gpu": PATHS, "instructgpt": ["model.path=Org/Name", *PATHS]}
+GIVEN = {"quickstart": [], "reviews_base": [], "hf_8gpu": PATHS, "instructgpt": ["model.path=Org/Name", *PATHS]}
 
 # Ouyang et al. 2022, appendix C (1.3B and 6B).
 PUBLISHED = {
@@ -54,6 +54,16 @@ def test_the_default_is_the_quickstart() -> None:
     assert cfg.roles.policy.ranks == cfg.roles.supervised.ranks == 2
     assert wanted_gpus(cfg.roles) == 0
     assert "pretrain" not in cfg.stages
+
+
+def test_the_base_of_the_quickstart_is_made_from_scratch_on_the_cpu() -> None:
+    """By the stage pretrain alone, on the split that the quickstart holds its reviews out by."""
+    cfg, user = compose(["experiment=reviews_base"]), compose([])
+    assert cfg.stages == ["pretrain"]
+    assert cfg.pretrain.init == "scratch"
+    assert wanted_gpus(cfg.roles) == 0
+    assert (cfg.data.source, cfg.data.split_seed) == (user.data.source, user.data.split_seed)
+    assert cfg.model.max_length >= user.model.max_length
 
 
 @pytest.mark.parametrize(("recipe", "gpus"), [("hf_8gpu", 8), ("instructgpt", 16)])

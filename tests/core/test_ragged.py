@@ -84,6 +84,27 @@ def test_pack_by_hand() -> None:
     assert both.filled.tolist() == [[True] * 4, [True, True, False, False]]
 
 
+def test_one_row_by_hand() -> None:
+    """The two rows of the test above end to end; the empty places stay where they were."""
+    (flat,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8, one_row=True)
+    assert flat.ids.tolist() == [[10, 11, 12, 20, 30, 31, 0, 0]]
+    assert flat.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
+    assert flat.index.tolist() == [[0, 1, 2, 3, 4, 5, -1, -1]]
+    assert flat.pick(FLAT, fill=-1).tolist() == [[10, 11, 12, 20, 30, 31, -1, -1]]
+
+
+def test_one_row_changes_the_shape_only() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 17, size=60)
+    ids = rng.integers(1, 1000, size=lengths.sum())
+    usual, flat = (pack(ids, lengths, 16, 64, one_row=one_row) for one_row in (False, True))
+    assert max(len(b.ids) for b in usual) == 4
+    for a, b in zip(usual, flat, strict=True):
+        assert b.ids.shape == (1, a.ids.numel())
+        for name in ("ids", "positions", "index"):
+            assert torch.equal(getattr(b, name).flatten(), getattr(a, name).flatten())
+
+
 @pytest.mark.parametrize(("row_length", "tokens"), [(16, 16), (16, 50), (64, 200), (64, 10), (5, 40)])
 def test_every_token_once_and_no_micro_batch_too_large(row_length: int, tokens: int) -> None:
     rng = np.random.default_rng(row_length + tokens)

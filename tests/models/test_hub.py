@@ -18,6 +18,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -224,3 +226,27 @@ def test_dropout_is_what_is_asked_for_and_not_what_the_model_came_with(tokenizer
     dropping = load_causal_lm(path, CFG, dropout=0.5).train()
     assert not torch.equal(logits(dropping), logits(dropping))
     assert torch.equal(logits(dropping.eval()), logits(came))
+
+
+def test_dropout_that_is_a_number_of_a_module_is_set_too(tmp_path: Path) -> None:
+    """OPT has no nn.Dropout: its modules hold `dropout` as a float, under two names in config.json."""
+    torch.manual_seed(0)
+    OPTForCausalLM(OPTConfig(
+        vocab_size=300, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
+        max_position_embeddings=64, dropout=0.9, attention_dropout=0.8, init_std=0.3,
+    )).save_pretrained(tmp_path)
+    model = load_causal_lm(str(tmp_path), CFG).train()
+    assert torch.equal(logits(model), logits(model.eval()))
+    layer = load_causal_lm(str(tmp_path), CFG, dropout=0.25).model.decoder.layers[0]
+    assert (layer.dropout, layer.self_attn.dropout) == (0.25, 0.25)
+
+
+def test_gradient_checkpointing_is_the_configurations_and_changes_no_gradient(tokenizer: Any, tmp_path: Path) -> None:
+    path = saved(llama(), tokenizer, tmp_path / "model")
+    plain = load_causal_lm(path, CFG).train()
+    checkpointed = load_causal_lm(path, ModelConfig(dtype="float32", gradient_checkpointing=True)).train()
+    assert (plain.is_gradient_checkpointing, checkpointed.is_gradient_checkpointing) == (False, True)
+    for model in (plain, checkpointed):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, msg=name)

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_ray.core.ragged import PackedRows, offsets, pack
-from rlhf_ray.models.modules import CausalLM, ScalarModel
+from rlhf_ray.models.modules import CausalLM, ScalarHead, ScalarModel
 
 LENGTHS = np.array([9, 3, 6, 2, 5], dtype=np.int32)
 IDS = np.random.default_rng(0).integers(0, 64, size=int(LENGTHS.sum())).astype(np.int32)
@@ -94,6 +94,17 @@ def test_the_layouts_above_differ() -> None:
     assert len(pack(IDS, LENGTHS, *ONE_BY_ONE)) > 1
 
 
+def test_rows_end_to_end_have_the_same_logprobs() -> None:
+    """One row of 2 x 15 with an empty place between; variable-length attention kernels need it so."""
+    module = CausalLM(llama())
+    usual, flat = (pack(IDS, LENGTHS, *TWO_ROWS, one_row=one_row) for one_row in (False, True))
+    assert [tuple(b.ids.shape) for b in (*usual, *flat)] == [(2, 15), (1, 30)]
+    with torch.no_grad():
+        (expected, entropies), (found, flat_entropies) = (packed_logprobs(module, b, 0.7) for b in (usual, flat))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(flat_entropies, entropies, atol=1e-5, rtol=0)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("tied", [False, True])
 def test_packed_gradients_are_those_of_each_sequence_alone(layout: tuple[int, int], tied: bool) -> None:
@@ -167,6 +178,7 @@ def test_the_wrapper_keeps_hugging_faces_names_for_the_parameters() -> None:
 def test_the_score_is_that_of_the_last_real_token_however_it_is_padded() -> None:
     """Packed, padded on the right and padded on the left: what Hugging Face says of the sequence alone."""
     model = scalar()
+    head = model.score  # the wrapper puts its own in its place
     module = ScalarModel(model)
     (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
     with torch.no_grad():
@@ -174,13 +186,22 @@ def test_the_score_is_that_of_the_last_real_token_however_it_is_padded() -> None
         packed[rows.index[rows.filled]] = module(rows.ids, rows.positions)[rows.filled]
         for i, sequence in enumerate(sequences()):
             n = len(sequence)
-            expected = model.score(model.model(input_ids=sequence[None]).last_hidden_state)[0, -1, 0]
+            expected = head(model.model(input_ids=sequence[None]).last_hidden_state)[0, -1, 0]
             right, left = (torch.zeros((1, n + 4), dtype=torch.int64) for _ in range(2))
             right[0, :n], left[0, -n:] = sequence, sequence
             right_at, left_at = torch.zeros_like(right), torch.zeros_like(left)
             right_at[0, :n] = left_at[0, -n:] = torch.arange(n)
             for score in (packed[STARTS[i + 1] - 1], module(right, right_at)[0, n - 1], module(left, left_at)[0, -1]):
                 torch.testing.assert_close(score, expected, atol=1e-5, rtol=0)
+
+
+def test_the_head_reads_a_low_precision_model_in_float32() -> None:
+    """By hand: weights 1 and 2^-9 on states 1 and 1 are 1 + 2^-9, which bfloat16 rounds to 1."""
+    head = ScalarHead(torch.nn.Parameter(torch.tensor([[1.0, 2.0**-9]], dtype=torch.bfloat16)))
+    found = head(torch.ones((1, 3, 2), dtype=torch.bfloat16))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [[1 + 2.0**-9] * 3]
+    assert isinstance(ScalarModel(scalar()).model.score, ScalarHead)
 
 
 def test_the_shift_is_taken_off_every_score() -> None:

@@ -1,5 +1,7 @@
 """Which stages a change makes stale: those that read what changed, and all after them."""
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 from rlhf_ray.config.schema import STAGES, Config
 from rlhf_ray.stages.common import DEPENDS, fingerprints
+from rlhf_ray.stages.pipeline import done_stages
 
 
 def config() -> Config:
@@ -81,6 +84,49 @@ def test_another_file_makes_all_stale(tmp_path: Path) -> None:
     before = fingerprints(cfg)
     path.write_text("another")
     assert all(before[name] != after for name, after in fingerprints(cfg).items())
+
+
+def test_another_base_model_in_the_same_place_makes_all_stale(tmp_path: Path) -> None:
+    """Other weights of the same size are told by their time, and a new file by its name."""
+    cfg = config()
+    cfg.model.path = str(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("one")
+    found = [fingerprints(cfg)]
+    weights.write_text("two")
+    os.utime(weights, ns=(0, 1))
+    found.append(fingerprints(cfg))
+    weights.write_text("three")
+    os.utime(weights, ns=(0, 1))
+    found.append(fingerprints(cfg))
+    (tmp_path / "config.json").write_text("{}")
+    found.append(fingerprints(cfg))
+    assert found[-1] == fingerprints(cfg)
+    for name in ALL:
+        assert len({f[name] for f in found}) == 4
+
+
+def test_done_stages_end_before_the_first_that_is_not(tmp_path: Path) -> None:
+    cfg = config()
+    cfg.output_dir = str(tmp_path)
+    wanted = fingerprints(cfg)
+
+    def record(name: str, fingerprint: str | None) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "stage.json").write_text(json.dumps({"fingerprint": fingerprint}))
+
+    assert done_stages(cfg) == []
+    for name in ("sft", "compare", "ppo", "eval"):
+        record(name, wanted[name])
+    assert done_stages(cfg) == ["sft", "compare"]  # rm has no record
+    record("rm", wanted["sft"])
+    assert done_stages(cfg) == ["sft", "compare"]  # nor one of this configuration
+    record("rm", wanted["rm"])
+    assert done_stages(cfg) == ALL
+    cfg.ppo.iterations += 1
+    assert done_stages(cfg) == ["sft", "compare", "rm"]
+    record("sft", None)
+    assert done_stages(cfg) == []
 
 
 def test_every_stage_depends_on_the_configuration_of_its_own_name() -> None:

@@ -11,7 +11,7 @@ from rlhf_ray.core.types import RankedDataset
 from rlhf_ray.data.formats import Comparison, Demonstration, Message, Prompt
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tiny import train_tokenizer
-from rlhf_ray.stages.rm import encode, pair_counts
+from rlhf_ray.stages.rm import encode, pair_counts, prompt_keys
 
 BOS, EOS, USER, ASSISTANT = range(4)
 
@@ -37,12 +37,12 @@ def comparison(text: str, *responses: str, ranks: tuple[int, ...]) -> Comparison
 
 def test_ranked_groups_come_first_and_then_every_demonstration_alone(tokenizer: Any) -> None:
     a, b, c, d, e = (tokenizer.convert_tokens_to_ids(x) for x in "abcde")
-    data, count, dropped = encode(
-        [comparison("a", "b", "cd", ranks=(2, 1)), comparison("b", "c", "", "d", ranks=(1, 3, 1))],
+    both = [comparison("a", "b", "cd", ranks=(2, 1)), comparison("b", "c", "", "d", ranks=(1, 3, 1))]
+    data, kept = encode(
+        both,
         [Demonstration(prompt("e"), "a"), Demonstration(prompt("d"), "b")], config(), tokenizer,
     )
-    assert count == 2
-    assert dropped == 0
+    assert kept == both
     assert data.groups.tolist() == [0, 0, 1, 1, 1, 2, 3]
     assert data.ranks.tolist() == [2, 1, 1, 3, 1, 1, 1]
     assert data.lengths.tolist() == [6, 7, 6, 5, 6, 6, 6]
@@ -56,12 +56,12 @@ def test_ranked_groups_come_first_and_then_every_demonstration_alone(tokenizer: 
 
 def test_a_comparison_with_one_response_too_long_is_left_out_whole_and_counted(tokenizer: Any) -> None:
     """A group is all of its pairs. Numbers stay without a gap, as they say which group is which."""
-    short = comparison("a", "b", "c", ranks=(1, 2))
-    data, count, dropped = encode(
-        [short, comparison("a", "b", "cde", ranks=(1, 2)), short],
+    first, last = comparison("a", "b", "c", ranks=(1, 2)), comparison("d", "b", "c", ranks=(1, 2))
+    data, kept = encode(
+        [first, comparison("a", "b", "cde", ranks=(1, 2)), last],
         [Demonstration(prompt("a"), "bcd"), Demonstration(prompt("a"), "b")], config(max_length=7), tokenizer,
     )
-    assert (count, dropped) == (2, 1)
+    assert kept == [first, last]  # the groups 0 and 1
     assert data.groups.tolist() == [0, 0, 1, 1, 2]
 
 
@@ -70,6 +70,22 @@ def test_too_few_comparisons_left(tokenizer: Any) -> None:
     both = [comparison("a", "b", "c", ranks=(1, 2)), comparison("a", "b", "cde", ranks=(1, 2))]
     with pytest.raises(UserError, match=r"1 of 2 comparisons fit model\.max_length=7"):
         encode(both, [], config(max_length=7), tokenizer)
+
+
+def test_no_demonstration_fits(tokenizer: Any) -> None:
+    """Then nothing is left to set the reward bias by."""
+    both = [comparison("a", "b", "c", ranks=(1, 2))] * 2
+    with pytest.raises(UserError, match=r"no demonstration fits model\.max_length=7"):
+        encode(both, [Demonstration(prompt("a"), "bcd")], config(max_length=7), tokenizer)
+
+
+def test_labelers_of_one_prompt_share_a_key() -> None:
+    anna, ben = comparison("a", "b", "c", ranks=(1, 2)), Comparison(prompt("a"), ("x", "y"), (2, 1), "ben")
+    keys = prompt_keys([anna, comparison("b", "b", "c", ranks=(1, 2)), ben, comparison("c", "b", "c", ranks=(1, 2))])
+    assert keys[0] == keys[2]
+    assert len(set(keys.tolist())) == 3
+    longer = Prompt((Message("user", "a"), Message("assistant", "b"), Message("user", "a")))
+    assert len(set(prompt_keys([anna, Comparison(longer, ("b", "c"), (1, 2), "anna")]).tolist())) == 2
 
 
 # -- accuracy ----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 
+from rlhf_ray.errors import UserError
 from rlhf_ray.train.supervised import batches, deal, split_units
 
 UNITS = np.array([3, 5, 8, 13, 21, 34, 55])
@@ -60,6 +61,29 @@ def test_the_split_is_at_random_by_seed() -> None:
     first, again, other = (split_units(100, 0.2, seed)[1].tolist() for seed in (0, 0, 1))
     assert first == again != other
     assert min(first) < 50 < max(first)  # not a block at one end
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.3, 0.6, 0.999])
+@pytest.mark.parametrize("seed", range(4))
+def test_units_of_one_key_stay_together(fraction: float, seed: int) -> None:
+    keys = np.array([7, 3, 7, 7, 5, 3, 9, 7])
+    train, val = split_units(8, fraction, seed, keys)
+    assert sorted([*train, *val]) == list(range(8))
+    assert len(train)
+    assert len(val)
+    assert not set(keys[train]) & set(keys[val])
+
+
+def test_the_fraction_is_of_keys() -> None:
+    """10 keys of 3 units each: a fifth is 2 keys, 6 units."""
+    keys = np.repeat(np.arange(10), 3)
+    assert len(split_units(30, 0.2, 0, keys)[1]) == 6
+
+
+@pytest.mark.parametrize(("count", "keys"), [(4, np.array([2, 2, 2, 2])), (1, None)])
+def test_one_key_cannot_be_split(count: int, keys: np.ndarray | None) -> None:
+    with pytest.raises(UserError, match="one prompt"):
+        split_units(count, 0.5, 0, keys)
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------
