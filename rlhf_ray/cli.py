@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from rlhf_ray.config.load import check_model, compose, conf_dir, stages_of, to_yaml, validate
+from rlhf_ray.config.checks import check_model, stages_of, validate
+from rlhf_ray.config.load import compose, conf_dir, to_yaml
 from rlhf_ray.errors import UserError
 
 STAGES = {

@@ -202,7 +202,7 @@ class PolicyLearner(_PPOLearner):
         wanted = rows.pick(data.in_loss, False)
         logprobs, _ = self.learner.engine(device_rows.ids, device_rows.positions, wanted.to(device_rows.ids.device),
                                           1.0)
-        loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), tokens).loss
+        loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), tokens)
         sums[4] += float(loss.detach())
         return self.algorithm.ptx_coef * loss
 

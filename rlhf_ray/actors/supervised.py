@@ -122,7 +122,7 @@ class SupervisedLearner(Role):
             wanted = extra[0].to(rows.ids.device)
             with torch.autocast(rows.ids.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
                 logprobs, _ = self.learner.engine(rows.ids, rows.positions, wanted, 1.0)
-            loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), total).loss
+            loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), total)
         else:
             (chosen,) = extra
             assert isinstance(self.data, RankedDataset)

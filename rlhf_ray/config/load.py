@@ -1,13 +1,12 @@
-"""From overrides to a checked `Config`: compose with Hydra, then look for what cannot work.
+"""From overrides to a `Config`: groups, Hydra composition, and a configuration's description, YAML and fingerprint.
 
-Everything that is wrong ends in a `UserError` whose lines each name a key and say what to do. Hydra is imported
-inside the functions that need it, so that `rlhf-ray --help` does not pay for it.
+An override that is wrong ends in a `UserError` that names its key and says what to do; `rlhf_ray.config.checks` looks
+at the values. Hydra is imported inside the functions that need it, so that `rlhf-ray --help` does not pay for it.
 """
 
 import difflib
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -16,31 +15,13 @@ from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from rlhf_ray.config.schema import MISSING, STAGES, Config, LearnerConfig
+from rlhf_ray.config.schema import MISSING, Config
 from rlhf_ray.errors import UserError
 
-ASSET_SPLIT_SEED = 0  # the split of the reviews that assets://reviews_base was trained on
 ASSETS = "assets://"  # prefix of a model.path that comes with the package
 
-# Which data.* keys a stage reads when data.source=files, beyond those that depend on other options.
-STAGE_DATA = {
-    "pretrain": ["texts", "eval_texts"],
-    "sft": ["demonstrations"],
-    "compare": [],
-    "rm": ["demonstrations"],  # the scores are shifted so that demonstrations have mean 0
-    "ppo": ["ppo_prompts"],
-    "eval": ["eval_prompts", "eval_texts"],
-}
-# Which roles a stage starts.
-STAGE_ROLES = {
-    "pretrain": ["supervised"],
-    "sft": ["supervised"],
-    "compare": ["generator"],
-    "rm": ["supervised"],
-    "ppo": ["generator", "reward", "reference", "policy", "critic"],
-    "eval": ["generator", "reward", "reference"],
-}
-_LIMITS = {"ge": (ge, ">="), "gt": (gt, ">"), "le": (le, "<="), "lt": (lt, "<")}
+# The limits that a field's metadata may set: how to check one, how to write it.
+LIMITS = {"ge": (ge, ">="), "gt": (gt, ">"), "le": (le, "<="), "lt": (lt, "<")}
 
 
 class Option(NamedTuple):
@@ -104,13 +85,14 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[str | Path] = ()) -> 
         raise UserError(_one_line(error)) from error
     cfg: Config = _build(Config, tree)
     if cfg.model.path.startswith(ASSETS):
-        cfg.model.path = _asset(cfg.model.path.removeprefix(ASSETS))
+        cfg.model.path = asset_dir(cfg.model.path.removeprefix(ASSETS))
     elif cfg.model.path.startswith("~"):
         cfg.model.path = str(Path(cfg.model.path).expanduser())
     return cfg
 
 
-def _asset(name: str) -> str:
+def asset_dir(name: str) -> str:
+    """Where `assets://NAME` is: a directory of the package."""
     return str(Path(__file__).resolve().parents[1] / "assets" / name)
 
 
@@ -150,7 +132,7 @@ def _checked(overrides: Sequence[str], options: dict[str, list[str]]) -> list[st
                 text = f"~{key}"  # GROUP=null reads better than Hydra's way to leave a group out
             elif value is not None and value not in options[key]:
                 raise UserError(f"{key}={value}: no such {key}; there are {', '.join(options[key])}"
-                                + _did_you_mean(str(value), options[key]))
+                                + did_you_mean(str(value), options[key]))
         elif key not in keys | sections:
             raise UserError(_unknown(key))
         elif parsed.is_delete():
@@ -160,7 +142,8 @@ def _checked(overrides: Sequence[str], options: dict[str, list[str]]) -> list[st
     return for_hydra
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown word: its nearest neighbour, or nothing."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -201,12 +184,12 @@ def _flat(error: BaseException) -> str:
 # --- describing ---
 
 
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, dataclass field, value) of every option in a configuration object, in order of the schema."""
     for f in fields(section):
         value = getattr(section, f.name)
         if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{f.name}.")
+            yield from leaves(value, f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, f, value
 
@@ -215,15 +198,16 @@ def describe() -> list[Option]:
     """Every option of the schema, for documentation."""
     return [
         Option(key, str(f.type) if get_args(f.type) else f.type.__name__, default, f.metadata["help"],
-               _limits(f.metadata))
-        for key, f, default in _leaves(Config())
+               limits(f.metadata))
+        for key, f, default in leaves(Config())
     ]
 
 
-def _limits(metadata: Any) -> str:
+def limits(metadata: Any) -> str:
+    """What a field may be, as text such as `>= 0, < 1` or `a | b`."""
     if "choices" in metadata:
         return " | ".join(metadata["choices"])
-    return ", ".join(f"{sign} {metadata[name]}" for name, (_, sign) in _LIMITS.items() if name in metadata)
+    return ", ".join(f"{sign} {metadata[name]}" for name, (_, sign) in LIMITS.items() if name in metadata)
 
 
 def to_yaml(cfg: Config) -> str:
@@ -240,214 +224,3 @@ def config_fingerprint(cfg: Config, sections: Sequence[str]) -> str:
         part = reduce(getattr, name.split("."), cfg)
         parts[name] = asdict(part) if is_dataclass(part) else part
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-# --- validating ---
-
-
-def stages_of(cfg: Config, stage: str) -> list[str]:
-    """What a command runs: the configured stages for `pipeline`, nothing for `doctor`, else the stage itself."""
-    return cfg.stages if stage == "pipeline" else [stage] if stage in STAGES else []
-
-
-def validate(cfg: Config, stage: str) -> None:
-    """Refuse what cannot work, before anything starts.
-
-    Checks the limits of every field, then the contradictions that matter to `stage`. Touches no file and no cluster.
-    Raises UserError with one line for each problem.
-    """
-    problems = list(_out_of_range(cfg))
-    if not problems:  # the checks below compute with values that are in range
-        runs = stages_of(cfg, stage)
-        problems = [
-            problem
-            for check in (_pipeline, _missing, _lengths, _batches, _devices, _weight_sync)
-            for problem in check(cfg, runs)
-        ]
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _needs_model(cfg: Config, runs: list[str]) -> bool:
-    """Whether a run starts from model.path: not when the recipe has a pretrain stage that starts from scratch."""
-    scratch = cfg.pretrain.init == "scratch" and ("pretrain" in cfg.stages or runs == ["pretrain"])
-    return bool(runs) and not scratch
-
-
-def check_model(cfg: Config, stage: str) -> None:
-    """Refuse a local model.path that holds no model, unless `stage` makes it; hub names are left to transformers."""
-    if not _needs_model(cfg, stages_of(cfg, stage)):
-        return
-    path = Path(cfg.model.path)
-    local = cfg.model.path.startswith((".", "/", "~")) or cfg.model.path.count("/") > 1 or path.exists()
-    if local and not (path / "config.json").is_file():
-        raise UserError(f"model.path={cfg.model.path}: no model there (no config.json); give a Hugging Face directory "
-                        "or hub name, or make one with `rlhf-ray pretrain`")
-    if not local:
-        return
-    context = json.loads((path / "config.json").read_text()).get("max_position_embeddings")
-    if context is not None and cfg.model.max_length > context:
-        raise UserError(f"model.max_length={cfg.model.max_length} is more than the {context} positions that "
-                        f"{cfg.model.path} was built for: lower it")
-
-
-def _out_of_range(cfg: Config) -> Iterator[str]:
-    for key, f, value in _leaves(cfg):
-        meaning = f.metadata["help"]
-        if value == MISSING:
-            if key != "model.path":  # which pretrain from scratch does without
-                yield f"{key} is not set: give {key}=VALUE ({meaning})"
-            continue
-        for entry in value if isinstance(value, list) else [value]:
-            if "choices" in f.metadata and entry not in f.metadata["choices"]:
-                allowed = ", ".join(f.metadata["choices"])
-                yield f"{key}={entry}: must be one of {allowed}{_did_you_mean(str(entry), f.metadata['choices'])}"
-        if isinstance(value, (int, float)):
-            # `not (value >= limit)` and not `value < limit`: NaN fails too.
-            inside = all(op(value, f.metadata[name]) for name, (op, _) in _LIMITS.items() if name in f.metadata)
-            if not inside:
-                yield f"{key}={value}: must be {_limits(f.metadata)} ({meaning})"
-            elif not math.isfinite(value):
-                yield f"{key}={value}: must be a finite number ({meaning})"
-
-
-def _pipeline(cfg: Config, runs: list[str]) -> Iterator[str]:
-    order = [STAGES.index(stage) for stage in cfg.stages]
-    if not order:
-        yield f"stages=[]: nothing to run; name some of {', '.join(STAGES)}"
-    elif order != sorted(set(order)):
-        right = ",".join(STAGES[i] for i in sorted(set(order)))
-        yield f"stages=[{','.join(cfg.stages)}]: each stage once and in order; write stages=[{right}]"
-    if "compare" in runs and len(runs) > 1 and cfg.compare.ranker == "people":
-        yield ("compare.ranker=people ends before anybody has ranked: run `rlhf-ray compare` alone, have its "
-               "to_rank.jsonl ranked, then go on with compare.ranker=file data.comparisons=RANKED")
-    if "ppo" in runs and cfg.ppo.critic_warmup_iterations >= cfg.ppo.iterations:
-        yield (f"ppo.critic_warmup_iterations={cfg.ppo.critic_warmup_iterations} leaves the policy nothing of "
-               f"ppo.iterations={cfg.ppo.iterations}: lower the first or raise the second")
-    p = cfg.pretrain
-    if "pretrain" in runs and p.init == "scratch" and p.hidden_size % p.num_heads:
-        yield (f"pretrain.hidden_size={p.hidden_size} is not a multiple of pretrain.num_heads={p.num_heads}: "
-               "change one of them")
-    elif "pretrain" in runs and p.init == "scratch" and p.hidden_size // p.num_heads % 2:
-        yield (f"pretrain.hidden_size={p.hidden_size} / pretrain.num_heads={p.num_heads} is odd, but rotary embeddings "
-               "need an even head size: change one of them")
-
-
-def _missing(cfg: Config, runs: list[str]) -> Iterator[str]:
-    if _needs_model(cfg, runs):
-        if cfg.model.path == MISSING:
-            yield "model.path is not set: give a Hugging Face directory or hub name, or put pretrain into stages"
-    elif runs not in ([], ["pretrain"]) and cfg.model.path != MISSING:
-        yield (f"model.path={cfg.model.path} would not be used, because stages has pretrain with pretrain.init="
-               f"scratch: leave pretrain out, stages=[{','.join(s for s in cfg.stages if s != 'pretrain')}], or set "
-               "pretrain.init=model")
-    if cfg.data.source == "reviews":
-        if cfg.data.split_seed != ASSET_SPLIT_SEED and cfg.model.path == _asset("reviews_base") and \
-                _needs_model(cfg, runs):
-            yield (f"data.split_seed={cfg.data.split_seed} would hold out reviews that the base model has read: it was "
-                   f"trained on the split of data.split_seed={ASSET_SPLIT_SEED}; make a base of your own with pretrain")
-        if "compare" in runs and cfg.compare.ranker == "file" and not cfg.data.comparisons:
-            yield _no_data("comparisons", "compare.ranker=file", "or set compare.ranker=simulated")
-        return
-    if cfg.compare.ranker == "simulated" and "compare" in runs:
-        yield ("compare.ranker=simulated needs the sentiment labels of data.source=reviews, but data.source=files: "
-               "set compare.ranker=file and data.comparisons=PATH")
-    elif "compare" in runs and cfg.compare.ranker == "file" and not cfg.data.comparisons:
-        yield _no_data("comparisons", "compare.ranker=file", "with your rankings")
-    elif "compare" in runs and cfg.compare.ranker == "people" and not cfg.data.compare_prompts:
-        yield _no_data("compare_prompts", "compare.ranker=people", "with prompts to answer")
-    if "ppo" in runs and cfg.algorithm.ptx_coef > 0 and not cfg.data.texts:
-        yield _no_data("texts", f"algorithm.ptx_coef={cfg.algorithm.ptx_coef}", "or set algorithm.ptx_coef=0")
-    needs: dict[str, list[str]] = {}
-    for stage in runs:
-        for name in STAGE_DATA[stage]:
-            needs.setdefault(name, []).append(stage)
-    for name, stages in needs.items():
-        if not getattr(cfg.data, name):
-            yield _no_data(name, f"{' and '.join(stages)} with data.source=files", "or set data=reviews")
-
-
-def _no_data(name: str, who: str, otherwise: str) -> str:
-    return f"data.{name} is not set, but needed by {who}: give data.{name}=PATH or hf://NAME, {otherwise}"
-
-
-def _lengths(cfg: Config, runs: list[str]) -> Iterator[str]:
-    for section, users in (("compare", {"compare"}), ("rollout", {"ppo", "eval"})):
-        response = getattr(cfg, section).max_response_tokens
-        if users & set(runs) and cfg.data.max_prompt_tokens + response > cfg.model.max_length:
-            yield (f"data.max_prompt_tokens={cfg.data.max_prompt_tokens} + {section}.max_response_tokens={response} "
-                   f"is longer than model.max_length={cfg.model.max_length}: shorten one or raise model.max_length")
-
-
-def _batches(cfg: Config, runs: list[str]) -> Iterator[str]:
-    """A batch must not be larger than what there is, nor smaller than the ranks that share it."""
-    roles, a, r = cfg.roles, cfg.algorithm, cfg.rollout
-    shared = [
-        ("pretrain", "pretrain.batch_blocks", cfg.pretrain.batch_blocks, "supervised"),
-        ("sft", "sft.batch_size", cfg.sft.batch_size, "supervised"),
-        ("rm", "rm.prompts_per_batch", cfg.rm.prompts_per_batch, "supervised"),
-        ("ppo", "algorithm.minibatch_size", a.minibatch_size, "policy"),
-        ("ppo", "algorithm.minibatch_size", a.minibatch_size, "critic"),
-    ]
-    if a.ptx_coef > 0:
-        shared.append(("ppo", "algorithm.ptx_blocks", a.ptx_blocks, "policy"))
-    for stage, key, size, role in shared:
-        ranks = getattr(roles, role).ranks
-        if stage in runs and size < ranks:
-            yield f"{key}={size} is less than roles.{role}.ranks={ranks}: every rank needs at least one; raise {key}"
-    rollouts = r.prompts_per_step * r.samples_per_prompt
-    if "ppo" in runs and a.minibatch_size > rollouts:
-        yield (f"algorithm.minibatch_size={a.minibatch_size} is more than rollout.prompts_per_step="
-               f"{r.prompts_per_step} x rollout.samples_per_prompt={r.samples_per_prompt}: lower the first")
-
-
-def _devices(cfg: Config, runs: list[str]) -> Iterator[str]:
-    on_cpu = [role for stage in runs for role in STAGE_ROLES[stage] if getattr(cfg.roles, role).gpus == 0]
-    torch_on_cpu = [role for role in dict.fromkeys(on_cpu) if role != "generator"]  # vLLM picks its own kernel
-    if cfg.model.attn_implementation == "flash_attention_2" and torch_on_cpu:
-        keys = ", ".join(f"roles.{role}.gpus=0" for role in torch_on_cpu)
-        yield f"model.attn_implementation=flash_attention_2 needs GPUs, but {keys}: give them GPUs or set it to sdpa"
-    if cfg.model.dtype == "bfloat16" and "ppo" in runs:
-        ppo_on_cpu = [role for role in STAGE_ROLES["ppo"] if role in on_cpu]
-        if ppo_on_cpu:
-            keys = ", ".join(f"roles.{role}.gpus=0" for role in ppo_on_cpu)
-            yield (f"model.dtype=bfloat16 on CPU ({keys}) makes sampled and trained log-probabilities differ: set "
-                   "model.dtype=float32, or give these roles GPUs")
-    generator = cfg.roles.generator
-    if "generator" in on_cpu and generator.tensor_parallel_size > 1:
-        yield (f"roles.generator.tensor_parallel_size={generator.tensor_parallel_size} needs GPUs, but "
-               "roles.generator.gpus=0: set it to 1 and raise roles.generator.replicas instead")
-
-
-def _weight_sync(cfg: Config, runs: list[str]) -> Iterator[str]:
-    if "ppo" not in runs:
-        return
-    generator, policy, backend = cfg.roles.generator, cfg.roles.policy, cfg.weight_sync.backend
-    colocated = cfg.cluster.placement == "colocated"
-    if colocated:
-        yield from _colocated(generator, policy)
-    if backend in ("nccl", "ipc"):
-        for name, role in (("generator", generator), ("policy", policy)):
-            if role.gpus == 0:
-                yield f"weight_sync.backend={backend} needs GPUs, but roles.{name}.gpus=0: use gloo or auto"
-    if backend == "ipc" and not colocated:
-        yield ("weight_sync.backend=ipc needs shared GPUs, but cluster.placement=separate: set "
-               "cluster.placement=colocated, or weight_sync.backend=auto")
-    if backend == "nccl" and colocated:
-        yield ("weight_sync.backend=nccl cannot connect two processes on one GPU, but cluster.placement=colocated: "
-               "use ipc or auto")
-
-
-def _colocated(generator: Any, policy: LearnerConfig) -> Iterator[str]:
-    if generator.tensor_parallel_size != 1:
-        yield (f"cluster.placement=colocated puts one engine on one device, but roles.generator.tensor_parallel_size="
-               f"{generator.tensor_parallel_size}: set it to 1, or cluster.placement=separate")
-    if generator.replicas != policy.ranks:
-        yield (f"cluster.placement=colocated pairs generators with policy ranks, but roles.generator.replicas="
-               f"{generator.replicas} and roles.policy.ranks={policy.ranks}: make them equal")
-    if generator.gpus and generator.gpu_memory_utilization > generator.gpus:
-        yield (f"roles.generator.gpu_memory_utilization={generator.gpu_memory_utilization:g} is more than its share of "
-               f"the GPU, roles.generator.gpus={generator.gpus:g}: lower the first")
-    if generator.gpus + policy.gpus > 1:
-        yield (f"cluster.placement=colocated shares a GPU, but roles.generator.gpus={generator.gpus:g} + "
-               f"roles.policy.gpus={policy.gpus:g} is more than 1: use shares such as 0.5 and 0.5")

@@ -1,7 +1,8 @@
 """Every option of rlhf-ray: a typed field with its default, meaning, unit and legal range.
 
 This is the only place where a default is written. `conf/` holds choices and recipes on top of it;
-`rlhf_ray.config.load` composes the two and checks the result. Imports nothing but the standard library.
+`rlhf_ray.config.load` composes the two, `rlhf_ray.config.checks` checks the result. Imports nothing but the standard
+library.
 """
 
 from dataclasses import dataclass, field

@@ -1,9 +1,9 @@
 """The losses. Each is a sum over this micro-batch divided by the denominator of the whole optimizer window.
 
-The denominator counts the tokens (or prompts) of all micro-batches of all ranks, and the caller gives it. So
-losses and gradients of micro-batches and ranks add up to those of one big batch: an update depends neither on
-the micro-batch size, nor on accumulation, nor on the number of ranks. Whoever averages gradients over ranks,
-as DeepSpeed does, has to be undone by a factor of the world size.
+The denominator counts the tokens (or prompts) of all micro-batches of all ranks, and the caller gives it
+(`ranking_loss` leaves the division to the caller). So losses and gradients of micro-batches and ranks add up to
+those of one big batch: an update depends neither on the micro-batch size, nor on accumulation, nor on the number
+of ranks. Whoever averages gradients over ranks, as DeepSpeed does, has to be undone by a factor of the world size.
 
 Per-token arguments have one common shape, [T] or [N, L]; masks are bool; entries outside the mask, NaN too,
 have no effect. Every field but `loss` is a detached scalar: a plain sum over this micro-batch, ready to be
@@ -23,14 +23,13 @@ from rlhf_ray.core.masked import Moments, masked_sum
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """clip_count: tokens whose gradient the clip cut off; ratio_sum: sum of new / old probability;
+    """clip_count: tokens whose gradient the clip cut off;
     kl_k1_sum: sum of old - new log-probability (nats), the k1 estimate of KL(old || new);
     clamped_count: tokens whose log-ratio `safe_exp` clamped.
     """
 
     loss: Tensor
     clip_count: Tensor
-    ratio_sum: Tensor
     kl_k1_sum: Tensor
     clamped_count: Tensor
 
@@ -43,14 +42,6 @@ class ValueLoss:
     loss: Tensor
     clip_count: Tensor
     squared_error_sum: Tensor
-
-
-@dataclass(frozen=True)
-class LMLoss:
-    """nll_sum: sum of negative log-likelihoods, nats."""
-
-    loss: Tensor
-    nll_sum: Tensor
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,6 @@ def policy_loss(
     return PolicyLoss(
         loss=-masked_sum(torch.minimum(unclipped, clipped), mask) / _positive(denominator),
         clip_count=(mask & (clipped < unclipped)).sum(),
-        ratio_sum=masked_sum(ratio.detach(), mask),
         kl_k1_sum=-log_ratio.detach().sum(),
         clamped_count=clamped_count,
     )
@@ -120,26 +110,25 @@ def explained_variance(returns_moments: Moments, squared_error_sum: float) -> fl
     return 1 - squared_error_sum / returns_moments.count / variance if variance > 0 else math.nan
 
 
-def lm_loss(logprobs: Tensor, mask: Tensor, denominator: float) -> LMLoss:
+def lm_loss(logprobs: Tensor, mask: Tensor, denominator: float) -> Tensor:
     """Negative log-likelihood. denominator: trained tokens of the optimizer window."""
-    nll = -masked_sum(logprobs, mask)
-    return LMLoss(loss=nll / _positive(denominator), nll_sum=nll.detach())
+    return -masked_sum(logprobs, mask) / _positive(denominator)
 
 
-def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor, denominator: float = 1.0) -> RankingLoss:
+def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor) -> RankingLoss:
     """K-wise reward-model loss, InstructGPT (Ouyang et al. 2022) eq. 1, summed over prompts.
 
     rewards [M]: one per response; ranks int [M]: smaller is better, equal is a tie; groups int [M]: the
     response's prompt. Per prompt with K responses here: -1 / C(K, 2) * sum of log sigmoid(r_i - r_j) over
     pairs with rank_i < rank_j. Tied pairs are left out of the sum; the divisor stays C(K, 2), so that a
-    prompt with many ties weighs less. All K responses of a prompt must be in one call. denominator: prompts
-    of the optimizer window, or 1 to divide later.
+    prompt with many ties weighs less. All K responses of a prompt must be in one call. To be divided by the
+    prompts of the optimizer window.
     """
     same_prompt = groups[:, None] == groups[None, :]
     better, worse = (same_prompt & (ranks[:, None] < ranks[None, :])).nonzero(as_tuple=True)
     k = same_prompt.sum(dim=1)[better]
     margins = rewards.float()[better] - rewards.float()[worse]
-    loss = -(logsigmoid(margins) * 2 / (k * (k - 1))).sum() / _positive(denominator)
+    loss = -(logsigmoid(margins) * 2 / (k * (k - 1))).sum()
     correct = (margins > 0).sum() + 0.5 * (margins == 0).sum()
     return RankingLoss(loss, correct.detach(), torch.full_like(correct, margins.numel()))
 

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from rlhf_ray.config.load import STAGE_DATA
+from rlhf_ray.config.checks import STAGE_DATA
 from rlhf_ray.config.schema import DataConfig
 from rlhf_ray.data import formats, reviews
 from rlhf_ray.data.formats import Demonstration, Prompt

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 Interval = tuple[float, float]
 CONFIDENCE = 0.95
@@ -72,16 +72,6 @@ def win_rate(
     return WinRate(wins, ties, losses, rate, (min(float(low), wilson[0]), max(float(high), wilson[1])), n)
 
 
-def proportion_interval(successes: int, n: int) -> Interval:
-    """95% Wilson score interval of successes / n (E. B. Wilson 1927), for independent trials.
-
-    Raises ValueError unless 0 <= successes <= n and n >= 1.
-    """
-    if not 0 <= successes <= n or n < 1:
-        raise ValueError(f"proportion_interval needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
-    return _wilson(successes / n, n)
-
-
 def cluster_interval(
     correct_by_group: ArrayLike, total_by_group: ArrayLike, bootstrap_samples: int = 10_000, seed: int = 0
 ) -> Interval:
@@ -129,16 +119,6 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
         unique.update(grams)
         count += len(grams)
     return len(unique) / count if count else 0.0
-
-
-def mean_interval(x: ArrayLike) -> tuple[float, Interval]:
-    """(mean, 95% Student t interval) of independent values x [n]; ValueError unless n >= 2, all finite."""
-    values = np.asarray(x, np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError("mean_interval needs at least two finite values in one dimension")
-    mean = float(values.mean())
-    half = float(stats.t.ppf(_TAILS[1], len(values) - 1) * values.std(ddof=1) / sqrt(len(values)))
-    return mean, (mean - half, mean + half)
 
 
 def _wilson(rate: float, n: int) -> Interval:

@@ -11,20 +11,18 @@ GIB = 2**30
 
 
 class RssSampler:
-    """Samples the resident memory of this process, of the pids given to `watch`, and of all their
-    descendants.
+    """Samples the resident memory of this process and of all its descendants.
 
-    A context manager with a background thread. Ray's processes need not be our children: `watch` the raylet's
-    or the actors' pids. A process found by two ways counts once. The sum is of resident set sizes (as in
-    `ps`), so pages shared between processes, such as mapped libraries and the object store, count once for
-    each: it is an upper bound of the memory really taken. A peak shorter than `interval` seconds can go
-    unseen.
+    A context manager with a background thread. The sum is of resident set sizes (as in `ps`), so pages shared
+    between processes, such as mapped libraries and the object store, count once for each: it is an upper bound
+    of the memory really taken. A peak shorter than `interval` seconds can go unseen, and so do processes that
+    are not descendants, such as those of a Ray cluster that was joined rather than started.
     """
 
     def __init__(self, interval: float = 0.5) -> None:
         self.interval = interval
         self._peak = 0
-        self._roots = [psutil.Process(os.getpid())]
+        self._root = psutil.Process(os.getpid())
         self._lock = threading.Lock()  # `sample` may be called by the thread and by the owner
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -34,19 +32,10 @@ class RssSampler:
         """The highest sum seen so far, GiB."""
         return self._peak / GIB
 
-    def watch(self, pid: int) -> None:
-        """Also count process `pid` of this machine and its descendants; one that is gone is ignored."""
-        try:
-            root = psutil.Process(pid)
-        except psutil.NoSuchProcess:
-            return
-        with self._lock:
-            self._roots.append(root)
-
     def sample(self) -> float:
         """Measure once, now. Returns the sum, GiB."""
         with self._lock:
-            total = sum(_rss(process) for process in _with_descendants(self._roots))
+            total = sum(_rss(process) for process in _with_descendants(self._root))
             self._peak = max(self._peak, total)
         return total / GIB
 
@@ -70,13 +59,13 @@ class RssSampler:
             self.sample()
 
 
-def _with_descendants(roots: list[psutil.Process]) -> list[psutil.Process]:
-    """The living roots and everything below them, each once; one pass over the process table."""
+def _with_descendants(root: psutil.Process) -> list[psutil.Process]:
+    """The root and everything below it, each once; one pass over the process table."""
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter(["ppid"]):
         children.setdefault(process.info["ppid"], []).append(process)
     found: dict[int, psutil.Process] = {}
-    left = [root for root in roots if root.is_running()]  # False too where another process got the pid since
+    left = [root]
     while left:
         process = left.pop()
         if process.pid not in found:

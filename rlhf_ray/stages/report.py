@@ -5,7 +5,8 @@ from typing import Any
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import STAGES, Config
 from rlhf_ray.data.sources import load_task_data
-from rlhf_ray.evaluation.report import validate_report, write_report
+from rlhf_ray.evaluation.report import write_report
+from rlhf_ray.evaluation.schema import validate_report
 from rlhf_ray.metrics.recorder import read_history
 from rlhf_ray.stages.common import Paths, stage_record
 from rlhf_ray.versions import installed

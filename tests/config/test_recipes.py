@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.config.load import compose, conf_dir, groups, validate
+from rlhf_ray.config.checks import validate
+from rlhf_ray.config.load import compose, conf_dir, groups
 from rlhf_ray.config.schema import Config
 from rlhf_ray.stages.doctor import wanted_gpus
 

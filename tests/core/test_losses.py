@@ -1,5 +1,4 @@
 import math
-from dataclasses import fields
 from itertools import combinations, pairwise
 
 import pytest
@@ -29,7 +28,6 @@ def test_policy_loss_by_hand():
     assert out.loss.item() == pytest.approx(-0.02, abs=1e-6)
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, 0.15, -0.1, 0.0, -0.11, 0.0]))
     assert out.clip_count.item() == 2
-    assert out.ratio_sum.item() == pytest.approx(5.1)
     assert out.kl_k1_sum.item() == pytest.approx(-math.log(1.5 * 1.5 * 0.5 * 0.5 * 1.1), abs=1e-6)
     assert out.clamped_count.item() == 0
 
@@ -70,20 +68,20 @@ def test_explained_variance_by_hand():
 def test_lm_loss_by_hand():
     """-(-1 - 3) / 8 = 0.5; the masked NaN gives neither loss nor gradient."""
     logprobs = torch.tensor([-1.0, NAN, -3.0], requires_grad=True)
-    out = lm_loss(logprobs, torch.tensor([True, False, True]), 8.0)
-    out.loss.backward()
-    assert (out.loss.item(), out.nll_sum.item()) == (0.5, 4.0)
+    loss = lm_loss(logprobs, torch.tensor([True, False, True]), 8.0)
+    loss.backward()
+    assert loss.item() == 0.5
     torch.testing.assert_close(logprobs.grad, torch.tensor([-0.125, 0.0, -0.125]))
 
 
-def token_losses(x: torch.Tensor, part: slice, denominator: float):
-    """The three per-token losses on some of the tokens of one window; x [5, T], x[0] is trained."""
+def token_losses(x: torch.Tensor, part: slice, denominator: float) -> tuple[dict[str, torch.Tensor], ...]:
+    """The three per-token losses, by field, on some of the tokens of one window; x [5, T], x[0] is trained."""
     new, old, weights, targets, masked = x[:, part]
     mask = masked > -0.5
     return (
-        policy_loss(new, old, weights, mask, 0.2, denominator),
-        value_loss(new, old, targets, mask, 0.2, denominator),
-        lm_loss(new, mask, denominator),
+        vars(policy_loss(new, old, weights, mask, 0.2, denominator)),
+        vars(value_loss(new, old, targets, mask, 0.2, denominator)),
+        {"loss": lm_loss(new, mask, denominator)},
     )
 
 
@@ -95,20 +93,18 @@ def test_any_split_in_micro_batches_is_the_same_update(cuts):
     whole = token_losses(x, slice(None), denominator)
     parts = [token_losses(x, slice(a, b), denominator) for a, b in pairwise(cuts)]
     for i, expected in enumerate(whole):
-        for f in fields(expected):
-            total = sum(getattr(part[i], f.name) for part in parts)
-            torch.testing.assert_close(total, getattr(expected, f.name))
-        gradient = torch.autograd.grad(expected.loss, x)[0]
-        torch.testing.assert_close(torch.autograd.grad(sum(p[i].loss for p in parts), x)[0], gradient)
+        for name, value in expected.items():
+            torch.testing.assert_close(sum(part[i][name] for part in parts), value)
+        gradient = torch.autograd.grad(expected["loss"], x)[0]
+        torch.testing.assert_close(torch.autograd.grad(sum(p[i]["loss"] for p in parts), x)[0], gradient)
         assert gradient[0].any()
 
 
 def test_diagnostics_carry_no_graph():
     x = torch.randn(5, 8, requires_grad=True)
     ranking = ranking_loss(x[0], torch.arange(8), torch.zeros(8, dtype=torch.int64))
-    for out in (*token_losses(x, slice(None), 8.0), ranking):
-        with_graph = [f.name for f in fields(out) if getattr(out, f.name).requires_grad]
-        assert with_graph == ["loss"]
+    for out in (*token_losses(x, slice(None), 8.0), vars(ranking)):
+        assert [name for name, value in out.items() if value.requires_grad] == ["loss"]
 
 
 @pytest.mark.parametrize("denominator", [0.0, -1.0, NAN])
@@ -135,7 +131,6 @@ def test_ranking_loss_by_hand():
     expected = -(log_sigmoid(2) + log_sigmoid(0)) / 3 - log_sigmoid(-1)
     assert out.loss.item() == pytest.approx(expected)
     assert (out.correct.item(), out.pairs.item()) == (1.5, 3)
-    assert ranking_loss(rewards, ranks, groups, denominator=3).loss.item() == pytest.approx(expected / 3)
 
 
 def test_ranking_loss_equals_the_loop_over_pairs():

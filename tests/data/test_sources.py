@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf_ray.config.load import STAGE_DATA
+from rlhf_ray.config.checks import STAGE_DATA
 from rlhf_ray.config.schema import STAGES, DataConfig
 from rlhf_ray.data.formats import Demonstration, Message, Prompt
 from rlhf_ray.data.reviews import INSTRUCTION

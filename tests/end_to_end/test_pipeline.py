@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from end_to_end.small import TEXTS, WORDS, ray_processes
-from rlhf_ray.evaluation.report import validate_report
+from rlhf_ray.evaluation.schema import validate_report
 
 RLHF_RAY = str(Path(sys.executable).parent / "rlhf-ray")
 SMALL = [
@@ -92,11 +92,12 @@ def test_all_six_stages_on_a_users_own_files(files, tmp_path):
     assert json.loads((out / "report.json").read_text())["win_rate"]["ppo_vs_sft"]["n"] == 12
 
 
-def test_the_embedded_reviews_with_the_simulated_labeler(models, tmp_path):
+def test_the_embedded_reviews_with_the_simulated_labeler(tmp_path):
     """sft to eval on real reviews: the labeler, the judge and the split are written down."""
     out = tmp_path / "run"
-    done = rlhf_ray("pipeline", *SMALL, "data=reviews", "stages=[sft,compare,rm,ppo,eval]", f"model.path={models[0]}",
-                    f"output_dir={out}", "sft.max_examples=64", "compare.prompts=24", "data.max_prompt_tokens=40")
+    done = rlhf_ray("pipeline", *SMALL, "data=reviews", "stages=[sft,compare,rm,ppo,eval]",
+                    "model.path=assets://reviews_base", f"output_dir={out}", "sft.max_examples=64",
+                    "compare.prompts=24", "model.max_length=112", "data.max_prompt_tokens=40")
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((out / "report.json").read_text())
     validate_report(report)

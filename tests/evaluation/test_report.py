@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from rlhf_ray.evaluation.report import render_html, validate_report, write_report
+from rlhf_ray.evaluation.report import render_html, write_report
+from rlhf_ray.evaluation.schema import validate_report
 
 HEADLINE = "PPO preferred over SFT in 83% [79, 87] of 512 held-out prompts"
 VOID = {"meta", "link", "br", "img", "input", "hr"}

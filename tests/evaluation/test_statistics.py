@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_ray.evaluation.statistics import (
-    cluster_interval,
-    distinct_n,
-    mean_interval,
-    proportion_interval,
-    win_rate,
-)
+from rlhf_ray.evaluation.statistics import cluster_interval, distinct_n, win_rate
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    found = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return found.low, found.high
 
 
 def test_win_rate_counts_by_hand():
@@ -45,9 +44,9 @@ def test_win_rate_of_equal_outcomes_is_not_a_point(a, rate):
 
 def test_win_rate_is_never_narrower_than_wilson():
     scores = np.r_[np.ones(509), -np.ones(3)]
-    result, wilson = win_rate(scores, np.zeros(512), 0.1, 5000, 0), proportion_interval(509, 512)
-    assert result.ci95[0] <= wilson[0]
-    assert result.ci95[1] >= wilson[1]
+    result, (low, high) = win_rate(scores, np.zeros(512), 0.1, 5000, 0), wilson(509, 512)
+    assert result.ci95[0] <= low + 1e-12
+    assert result.ci95[1] >= high - 1e-12
 
 
 @pytest.mark.parametrize("probabilities", [(0.5, 0.0, 0.5), (0.75, 0.08, 0.17), (0.97, 0.0, 0.03)])
@@ -86,15 +85,10 @@ def test_win_rate_refuses(a, b, margin):
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 7), (3, 7), (7, 7), (412, 512)])
-def test_proportion_interval_is_scipys_wilson(successes, n):
-    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert proportion_interval(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
-def test_proportion_interval_refuses():
-    for successes, n in ((1, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError):
-            proportion_interval(successes, n)
+def test_cluster_interval_of_equal_prompts_is_scipys_wilson(successes, n):
+    """n prompts, each with the accuracy successes / n."""
+    found = cluster_interval(np.full(n, successes), np.full(n, n))
+    assert found == pytest.approx(wilson(successes, n), abs=1e-12)
 
 
 def test_cluster_interval_covers_the_truth_where_pairs_of_a_prompt_go_together():
@@ -104,7 +98,7 @@ def test_cluster_interval_covers_the_truth_where_pairs_of_a_prompt_go_together()
         correct = rng.binomial(pairs, rng.beta(2, 1, size=groups))  # mean 2/3, far more spread than binomial
         low, high = cluster_interval(correct, np.full(groups, pairs), 1000, seed=1)
         covered += low <= 2 / 3 <= high
-        low, high = proportion_interval(int(correct.sum()), groups * pairs)
+        low, high = wilson(int(correct.sum()), groups * pairs)
         naive += low <= 2 / 3 <= high
     assert 0.92 <= covered / sets <= 0.98
     assert naive / sets < 0.90  # why pairs must not be counted as independent
@@ -112,7 +106,7 @@ def test_cluster_interval_covers_the_truth_where_pairs_of_a_prompt_go_together()
 
 def test_cluster_interval_weighs_by_pairs_and_never_collapses():
     low, high = cluster_interval([6, 6, 6], [6, 6, 6])
-    assert (low, high) == pytest.approx(proportion_interval(3, 3))
+    assert (low, high) == pytest.approx(wilson(3, 3))
     # Two groups: the four equally likely draws have accuracies 0, 9/10 twice, 1.
     assert cluster_interval([0, 9], [1, 9], 4000) == pytest.approx((0.0, 1.0))
     for bad in (([], []), ([1], [1, 2]), ([2], [1]), ([0], [0])):
@@ -127,13 +121,3 @@ def test_distinct_n_by_hand():
     assert distinct_n(["x", ""]) == 0.0
     with pytest.raises(ValueError):
         distinct_n(["a"], n=0)
-
-
-def test_mean_interval_by_hand():
-    # 1, 2, 3: s = 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3).
-    mean, (low, high) = mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert (low, high) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
-    for bad in ([1.0], [1.0, np.inf], []):
-        with pytest.raises(ValueError):
-            mean_interval(bad)

@@ -1,0 +1,403 @@
+"""The figures of report.html, as inline SVG.
+
+Each is {"title", "caption", "svg"}, or None (left out of a list) where its numbers are missing. `rows`: one dict per
+PPO iteration, as in metrics.jsonl.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+_COLORS = {"base": "#98a2ad", "sft": "#4f81bd", "ppo": "#0f766e", "warm": "#c2703d", "plum": "#8b6aa8"}
+_PHASES = {"rollout": "#4f81bd", "score": "#8fb3d9", "update": "#0f766e", "weight_sync": "#c2703d"}
+_PHASE_OTHER = ("#b9c0c8", "#8b6aa8", "#d5b35c")
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.5,
+    "svg.fonttype": "path",  # looks the same everywhere; what the plot says is in its label and caption
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#b9c0c8",
+    "axes.labelcolor": "#4b5661",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9ecef",
+    "xtick.color": "#4b5661",
+    "ytick.color": "#4b5661",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def win_plot(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """results: per bar, from below, what is written on it and its entry of the report's `win_rate`."""
+    if not results:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for y, (text, result) in enumerate(results):
+            rate, (low, high) = result["rate"], result["ci95"]
+            axes.barh(y, rate, height=0.52, color=_COLORS["ppo"], alpha=0.88)
+            axes.errorbar(
+                rate,
+                y,
+                xerr=[[max(0, rate - low)], [max(0, high - rate)]],
+                color="#1f2933",
+                capsize=4,
+                linewidth=1.6,
+            )
+            axes.text(0.02, y, text, va="center", color="white", weight="bold", fontsize=10)
+        top = len(results) - 0.55
+        axes.plot([0.5, 0.5], [-0.45, top], color=_COLORS["warm"], linestyle=(0, (4, 3)), linewidth=1.4)
+        axes.text(0.5, top + 0.03, "even", color="#a3562a", ha="center", va="bottom", fontsize=9)
+        axes.set(xlim=(0, 1), ylim=(-0.45, top + 0.32), yticks=[])
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+
+    return _plot(
+        "win",
+        "How often PPO is preferred",
+        "Bars show the share of held-out prompts on which the judge prefers PPO (ties count half), "
+        "whiskers the 95% interval over prompts; a whisker wholly right of the dashed line is a preference "
+        "beyond chance.",
+        draw,
+        (5.4, 0.6 + 0.62 * len(results)),
+    )
+
+
+def progress_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether PPO went well: score, KL, length and time."""
+    return _drawn(_score_plot(rows), _kl_plot(rows), _length_plot(rows), _phase_plot(rows))
+
+
+def diagnostic_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Why it went so: losses, clipping, entropy and the critic's fit."""
+    return _drawn(_loss_plot(rows), _clip_plot(rows), _entropy_plot(rows), _fit_plot(rows))
+
+
+def overoptimisation_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The two scores over KL, each in its own panel: their units differ, so a common axis would mislead."""
+    keys = ("kl_per_sequence", "score", "judge_score")
+    full = [row for row in rows if all(row.get(key) is not None and math.isfinite(row[key]) for key in keys)]
+    if len(full) < 2:
+        return None
+
+    def draw(figure: Figure) -> None:
+        root_kl = np.sqrt(np.maximum([row["kl_per_sequence"] for row in full], 0))
+        panels = figure.subplots(2, 1, sharex=True)
+        for axes, key, name, color in (
+            (panels[0], "score", "reward model", _COLORS["sft"]),
+            (panels[1], "judge_score", "judge", _COLORS["ppo"]),
+        ):
+            values = np.array([row[key] for row in full], np.float64)
+            axes.scatter(root_kl, values, s=16, color=color, alpha=0.55, linewidths=0)
+            trend = _smooth(root_kl, values)
+            if trend is not None:
+                axes.plot(*trend, color=color)
+            axes.set_ylabel(name)
+        panels[1].set_xlabel("√KL from SFT   (KL in nats per response)")
+
+    return _plot(
+        "overoptimisation",
+        "Over-optimisation",
+        "Each dot is an iteration and each line averages its neighbours: as long as the judge (below) climbs "
+        "with the reward model (above) the gain is real; where the judge turns down while the reward model "
+        "goes on up, the policy is exploiting the reward model (Gao et al. 2023).",
+        draw,
+        (5.4, 3.9),
+    )
+
+
+def _smooth(x: np.ndarray, y: np.ndarray, bins: int = 6) -> tuple[np.ndarray, np.ndarray] | None:
+    """Means of x and y in bins of equally many points, in the order of x; None for too few points."""
+    if len(x) < 2 * bins:
+        return None
+    order = np.argsort(x, kind="stable")
+    edges = np.linspace(0, len(x), bins + 1).astype(int)
+    parts = [order[a:b] for a, b in pairwise(edges)]
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def _score_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if _series(rows, "score") is None:
+        return None
+    judged = _series(rows, "judge_score") is not None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "score", _COLORS["sft"], "reward model")
+        _line(axes, rows, "judge_score", _COLORS["ppo"], "judge")
+        if judged:
+            axes.legend(loc="best")
+        axes.set_ylabel("mean score")
+        _x_iterations(axes)
+
+    caption = "The reward model's mean score of each batch should rise and then level off"
+    tail = (
+        "; the judge, which PPO never sees, should rise with it (the two have units of their own)."
+        if judged
+        else "."
+    )
+    return _plot("score", "Score", caption + tail, draw)
+
+
+def _kl_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if _series(rows, "kl_per_sequence") is None:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "kl_per_sequence", _COLORS["plum"])
+        axes.set_ylabel("nats per response")
+        _from_zero(axes)
+        _x_iterations(axes)
+
+    return _plot(
+        "kl",
+        "KL from the SFT model",
+        "How far the policy has moved from where it began: a steady, bounded "
+        "rise is healthy, a sudden jump is not.",
+        draw,
+    )
+
+
+def _length_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if _series(rows, "response_length") is None:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "response_length", _COLORS["warm"])
+        axes.set_ylabel("tokens")
+        _from_zero(axes)
+        _x_iterations(axes)
+
+    return _plot(
+        "length",
+        "Response length",
+        "The mean length should stay roughly level; a strong drift hints that the "
+        "reward pays for length rather than for content.",
+        draw,
+    )
+
+
+def _phase_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    timed = [row for row in rows if row.get("seconds")]
+    if not timed:
+        return None
+    found = dict.fromkeys(name for row in timed for name in row["seconds"])
+    names = [name for name in _PHASES if name in found] + [name for name in found if name not in _PHASES]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        x, bottom, spare = _iterations(timed), np.zeros(len(timed)), iter(_PHASE_OTHER * len(names))
+        for name in names:
+            seconds = np.array([row["seconds"].get(name) or 0.0 for row in timed], np.float64)
+            axes.bar(
+                x,
+                seconds,
+                bottom=bottom,
+                width=0.85,
+                color=_PHASES.get(name) or next(spare),
+                label=name.replace("_", " "),
+            )
+            bottom += seconds
+        axes.set_ylabel("seconds")
+        axes.grid(axis="x", visible=False)
+        figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside upper center",
+            ncols=min(len(names), 5),
+            fontsize=8.5,
+            columnspacing=1.0,
+            handlelength=1.0,
+            handletextpad=0.4,
+        )
+        _x_iterations(axes)
+
+    return _plot(
+        "phases",
+        "Time per iteration",
+        "Each column is one iteration, split by what the time went into; the "
+        "tallest colour is where speeding up pays.",
+        draw,
+    )
+
+
+def _loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    found = [
+        (key, name, color)
+        for key, name, color in (
+            ("policy_loss", "policy", _COLORS["ppo"]),
+            ("value_loss", "value", _COLORS["sft"]),
+            ("ptx_loss", "ptx", _COLORS["warm"]),
+        )
+        if _series(rows, key) is not None
+    ]
+    if not found:
+        return None
+
+    def draw(figure: Figure) -> None:
+        panels = np.atleast_1d(figure.subplots(len(found), 1, sharex=True))
+        for axes, (key, name, color) in zip(panels, found, strict=True):
+            _line(axes, rows, key, color)
+            axes.set_ylabel(name)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+        _x_iterations(panels[-1])
+
+    return _plot(
+        "losses",
+        "Losses",
+        "The value loss should fall as the critic learns; the policy loss hovers near zero "
+        "by construction, and the ptx loss should hardly rise.",
+        draw,
+        (4.9, 3.3),
+    )
+
+
+def _clip_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    keys = (("clip_fraction", "policy", _COLORS["ppo"]), ("value_clip_fraction", "value", _COLORS["sft"]))
+    if all(_series(rows, key) is None for key, _, _ in keys):
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for key, name, color in keys:
+            _line(axes, rows, key, color, name)
+        axes.legend(loc="best")
+        _from_zero(axes)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylabel("tokens clipped")
+        _x_iterations(axes)
+
+    return _plot(
+        "clip",
+        "Clip fraction",
+        "The share of tokens where PPO's clip held the update back: a few per cent is "
+        "usual, a quarter or more means steps that are too large.",
+        draw,
+        (4.9, 3.3),
+    )
+
+
+def _entropy_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if _series(rows, "entropy") is None:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "entropy", _COLORS["plum"])
+        _from_zero(axes)
+        axes.set_ylabel("nats per token")
+        _x_iterations(axes)
+
+    return _plot(
+        "entropy",
+        "Entropy",
+        "How varied the policy's next word is: a slow decline is the price of "
+        "optimisation, a collapse towards zero means that it repeats itself.",
+        draw,
+    )
+
+
+def _fit_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    values = _series(rows, "explained_variance")
+    if values is None:
+        return None
+    low = min(float(np.nanmin(values)), 0.0)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "explained_variance", _COLORS["sft"])
+        axes.axhline(0, color="#b9c0c8", linewidth=1)
+        axes.set_ylim(max(low - 0.05, -1.05), 1.05)  # a critic that starts far off would flatten the rest
+        axes.set_ylabel("explained variance")
+        _x_iterations(axes)
+
+    return _plot(
+        "critic",
+        "Critic",
+        "The share of the returns' variance that the critic predicts: 1 is perfect, 0 no "
+        "better than a constant, below 0 worse.",
+        draw,
+    )
+
+
+# --- parts of a figure ---
+
+
+def _drawn(*plots: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [plot for plot in plots if plot is not None]
+
+
+def _plot(
+    name: str,
+    title: str,
+    caption: str,
+    draw: Callable[[Figure], None],
+    size: tuple[float, float] = (4.9, 2.9),
+) -> dict[str, Any]:
+    """A plot as inline SVG and the sentence that says how to read it; `name` keeps the ids of plots apart."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        text = StringIO()
+        figure.savefig(
+            text,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]  # inline in HTML: no XML declaration, no document type
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
+    svg = re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)  # the page sets the width, viewBox the shape
+    label = Markup.escape(f"{title}. {caption}")
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return {"title": title, "caption": caption, "svg": Markup(svg)}  # drawn here, from numbers alone
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray | None:
+    """[iterations] float, NaN where a row lacks the key or holds null; None if there is no value at all."""
+    values = np.array([np.nan if row.get(key) is None else float(row[key]) for row in rows], np.float64)
+    return values if np.isfinite(values).any() else None
+
+
+def _iterations(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([row.get("iteration", i + 1) for i, row in enumerate(rows)], np.float64)
+
+
+def _line(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, color: str, label: str | None = None
+) -> None:
+    values = _series(rows, key)
+    if values is None:
+        return
+    x, there = _iterations(rows), np.isfinite(values)
+    marker = "o" if there.sum() < 2 or there.sum() < len(rows) / 2 else None  # a single point has no line
+    axes.plot(x[there], values[there], color=color, label=label, marker=marker, markersize=3.5)
+
+
+def _x_iterations(axes: Axes) -> None:
+    axes.set_xlabel("PPO iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+
+
+def _from_zero(axes: Axes) -> None:
+    """An axis that begins at 0 shows a change in proportion; the line keeps clear of the upper edge."""
+    low, high = min(0.0, axes.dataLim.y0), max(0.0, axes.dataLim.y1)
+    axes.set_ylim(low, high + 0.06 * (high - low) or 1.0)
