@@ -28,7 +28,7 @@ class Sample:
 
 
 def sample_seed(run_seed: int, step: int, position: int) -> int:
-    """A seed that no other sample of the run has (up to chance, 1 in 2^31)."""
+    """The seed of one sample: the same for the same place in the run; two samples share one by chance, 1 in 2^31."""
     return int(SeedSequence([run_seed, step, position]).generate_state(1)[0] >> 1)
 
 
