@@ -22,6 +22,7 @@ STAGES = {
     "compare": "sample K responses per prompt from the SFT policy and have them ranked",
     "rm": "train the reward model on the rankings",
     "ppo": "train the policy against the reward model",
+    "dpo": "train the policy on the rankings directly (DPO); instead of rm and ppo",
     "eval": "compare the policy with SFT and base; report.json and report.html",
     "pipeline": "all stages of the recipe in order, skipping what is done and unchanged",
     "doctor": "what this machine has and lacks, and what to do about it",

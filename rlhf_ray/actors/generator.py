@@ -14,6 +14,7 @@ from numpy.random import SeedSequence
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
 from rlhf_ray.core.ragged import offsets
+from rlhf_ray.core.repetition import repeated_ngrams
 from rlhf_ray.core.types import PromptSet, RolloutBatch, RolloutInfo
 from rlhf_ray.engines.generation import GenerationEngine, Request, Response
 
@@ -95,13 +96,15 @@ class Generator(Role):
             ),
             truncated=np.array([r.truncated for r in kept]),
             prompt_index=np.array([s.prompt_index for s in mine], dtype=np.int64),
+            positions=np.array([s.position for s in mine], dtype=np.int64),
             seeds=np.array([s.seed for s in mine], dtype=np.int64),
             version=self.engine.version,
         )
         yield batch
+        repeated, ngrams = np.sum([repeated_ngrams(r.ids) for r in kept], axis=0)
         yield RolloutInfo(
-            positions=np.array([s.position for s in mine], dtype=np.int64), lengths=lengths,
-            response_tokens=int(sum(len(r.ids) for r in kept)), truncated=int(batch.truncated.sum()), empty=empty,
+            positions=batch.positions, lengths=lengths, response_tokens=int(sum(len(r.ids) for r in kept)),
+            truncated=int(batch.truncated.sum()), empty=empty, repeated=int(repeated), ngrams=int(ngrams),
             seconds=seconds,
         )
 
@@ -116,9 +119,10 @@ class Generator(Role):
     def update_weights(self, payload: Any) -> None:
         self.engine.update_weights(payload)
 
-    def finish_weight_update(self, version: int) -> int:
-        self.engine.finish_weight_update(version)
-        return self.engine.version
+    def finish_weight_update(self, version: int) -> tuple[int, list[int]]:
+        """(the version that this engine now holds, a digest of what each of its workers was given)."""
+        digests = self.engine.finish_weight_update(version)
+        return self.engine.version, digests
 
 
 class RayEngines:
@@ -140,10 +144,13 @@ class RayEngines:
     def update(self, payload: Any) -> None:
         self._wait([g.update_weights.remote(payload) for g in self._generators])
 
-    def finish(self, version: int) -> None:
+    def finish(self, version: int, digest: int) -> None:
         held = self._wait([g.finish_weight_update.remote(version) for g in self._generators])
-        if held != [version] * len(held):
-            raise RuntimeError(f"after the sync the generators hold weights {held}, expected {version} everywhere")
+        wrong = [f"generator {i} holds version {v} with digests {d}" for i, (v, d) in enumerate(held)
+                 if v != version or d != [digest] * self._each]
+        if wrong:
+            raise RuntimeError(f"after the sync to version {version}, digest {digest}: {'; '.join(wrong)}. The weights "
+                               "did not arrive as they were sent: check the wire between learners and generators")
 
     def _wait(self, refs: list[Any]) -> list[Any]:
         return list(ray.get(refs, timeout=self._timeout_s))

@@ -1,5 +1,7 @@
 """The roles that read rollouts and give numbers: reward model, reference model, judge."""
 
+import time
+
 import numpy as np
 import torch
 
@@ -30,6 +32,7 @@ class RewardModel(_Scorer):
         self._use(model, cfg)
         self.module = ScalarModel(load_scalar_model(path, model), score_shift(path)).to(self.device).eval()
         self.eos = load_tokenizer(path).eos_token_id
+        self._seconds = 0.0
 
     def scores(self, rollout: RolloutBatch) -> np.ndarray:
         """float32 [N]: the head's output after the last token of each rollout.
@@ -37,7 +40,15 @@ class RewardModel(_Scorer):
         A truncated response is read as if it ended there: every response of the reward model's training had an end,
         and a last token of another kind would be a place where it never learnt to judge.
         """
-        return self.scores_of(rollout.ids, rollout.lengths, rollout.truncated)
+        started = time.monotonic()
+        scores = self.scores_of(rollout.ids, rollout.lengths, rollout.truncated)
+        self._seconds += time.monotonic() - started
+        return scores
+
+    def stats(self) -> dict[str, float]:
+        """Since the last call of stats: retries (there are none) and seconds of work."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {"retries": 0.0, "seconds": seconds}
 
     @torch.no_grad()
     def scores_of(self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ def roles_cpus(cfg: Config) -> int:
     """CPU slots that the roles of the hungriest stage ask for, rounded up."""
     r = cfg.roles
     total = (
-        r.generator.replicas * r.generator.cpus + r.reward.replicas * r.reward.cpus
+        r.generator.replicas * r.generator.cpus + len(cfg.reward.sources) * r.reward.replicas * r.reward.cpus
         + r.reference.replicas * r.reference.cpus + r.policy.ranks * r.policy.cpus + r.critic.ranks * r.critic.cpus
         + JUDGE_CPUS
     )

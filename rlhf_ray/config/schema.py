@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MISSING = "???"  # Hydra's marker of a value that the user must give
-STAGES = ("pretrain", "sft", "compare", "rm", "ppo", "eval")  # in the order in which `pipeline` runs them
+STAGES = ("pretrain", "sft", "compare", "rm", "ppo", "dpo", "eval")  # in the order in which `pipeline` runs them
+DEFAULT_STAGES = ("pretrain", "sft", "compare", "rm", "ppo", "eval")
 
 
 def opt(default: Any, help: str, **limits: Any) -> Any:
@@ -33,8 +34,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    source: str = opt("files", "`reviews`: the embedded movie reviews; `files`: the paths below",
-                      choices=("reviews", "files"))
+    source: str = opt("files", "`reviews`: the embedded movie reviews; `reasoning`: tasks of reasoning-gym, whose "
+                      "answers can be verified; `files`: the paths below", choices=("reviews", "reasoning", "files"))
+    reasoning_task: str = opt("chain_sum", "which task of data.source=reasoning",
+                              choices=("chain_sum", "letter_counting", "coin_flip", "last_letters"))
     demonstrations: str | None = opt(None, "SFT data: .jsonl/.parquet path or hf://NAME[:SPLIT]")
     comparisons: str | None = opt(None, "human rankings: .jsonl/.parquet path or hf://NAME[:SPLIT]")
     compare_prompts: str | None = opt(None, "prompts answered by the SFT policy for ranking: path or hf://")
@@ -115,6 +118,8 @@ class WeightSyncConfig:
                        "ipc (shared GPU); auto takes it from the layout",
                        choices=("auto", "gloo", "nccl", "ipc"))
     bucket_mib: float = opt(64.0, "weights are sent in packed buckets of this size, MiB", gt=0)
+    max_mismatch: float = opt(1e-3, "after the first sync, mean |trainer - engine| log-probability above which the run "
+                              "stops, nats per token; bfloat16 rounds by 0.01 to 0.03", gt=0)
 
 
 @dataclass
@@ -180,29 +185,65 @@ class RMConfig:
 
 @dataclass
 class RolloutConfig:
-    prompts_per_step: int = opt(128, "prompts per PPO iteration", ge=1)
-    samples_per_prompt: int = opt(1, "responses per prompt", ge=1)
+    batch_size: int = opt(128, "responses per iteration: samples_per_prompt of each of batch_size / samples_per_prompt "
+                          "prompts", ge=1)
+    samples_per_prompt: int = opt(1, "responses per prompt: the group of GRPO, Dr. GRPO and RLOO", ge=1)
     temperature: float = opt(1.0, "sampling temperature; divides the logits in every pass", gt=0)
     max_response_tokens: int = opt(48, "longest response, tokens", ge=1)
 
 
 @dataclass
+class RewardConfig:
+    """Where scores come from, and what becomes of them before KL is added."""
+
+    sources: list[str] = opt(["model"], "each an actor of its own: `model`, the reward model of stage rm; "  # noqa: RUF009 - opt makes a field
+                             "MODULE:FUNCTION, a Python function; http(s)://..., a service")
+    weights: list[float] = opt([], "one per source; the score is the weighted sum (empty: 1 each)")  # noqa: RUF009 - opt makes a field
+    timeout_s: float = opt(60.0, "deadline of one call of a function or service, seconds", gt=0)
+    retries: int = opt(2, "how often a failed call is tried again before the run stops", ge=0)
+    truncated: str = opt("score", "a response cut at max_response_tokens: `score` as it is, give it "
+                         "truncation_penalty instead, or `drop` it from the update",
+                         choices=("score", "penalty", "drop"))
+    truncation_penalty: float = opt(-1.0, "the score of a truncated response with truncated=penalty")
+    overlong_tokens: int = opt(0, "DAPO's soft length penalty: it grows linearly over this many last tokens before "
+                               "max_response_tokens; 0 turns it off", ge=0)
+    overlong_penalty: float = opt(1.0, "what a response of max_response_tokens loses by overlong_tokens", ge=0)
+    normalize: bool = opt(False, "divide scores, less their mean, by their standard deviation, both over the run so "
+                          "far")
+    clip: float | None = opt(None, "scores are clipped to +- this, after normalisation (null: not)", gt=0)
+
+
+@dataclass
 class AlgorithmConfig:
-    kl_coef: float = opt(0.02, "beta: per-token KL penalty in the reward", ge=0)
-    clip_ratio: float = opt(0.2, "PPO clip range of the policy ratio", gt=0, lt=1)
+    name: str = opt("ppo", "how scores become advantages and a loss: see rlhf_ray/core/algorithms/",
+                    choices=("ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp"))
+    kl_coef: float = opt(0.02, "beta: weight of the KL penalty towards the reference", ge=0)
+    kl_in: str = opt("reward", "where the KL penalty enters: per token in the `reward`, or as a term of the `loss`",
+                     choices=("reward", "loss"))
+    kl_estimator: str = opt("k1", "per-token estimator: k1 in the reward, k2 or k3 in the loss",
+                            choices=("k1", "k2", "k3"))
+    kl_target: float | None = opt(None, "adaptive kl_coef: the KL to hold, nats per response (null: fixed kl_coef)",
+                                  gt=0)
+    kl_horizon: int = opt(10_000, "responses over which an adaptive kl_coef moves by about 10 to 20%", ge=1)
+    clip_ratio: float = opt(0.2, "PPO clip range of the policy ratio, downwards; upwards too unless clip_ratio_high",
+                            gt=0, lt=1)
+    clip_ratio_high: float | None = opt(None, "clip range upwards (null: clip_ratio)", gt=0)
+    dual_clip: float | None = opt(None, "with a negative advantage the ratio counts at most this much (null: no "
+                                  "limit)", gt=1)
+    importance_cap: float | None = opt(None, "correct for engine and trainer disagreeing: weigh tokens by exp(trainer "
+                                       "- engine log-probability), at most this (null: no correction)", gt=0)
+    entropy_coef: float = opt(0.0, "weight of the entropy bonus", ge=0)
     value_clip: float = opt(0.2, "clip range of the value around its old prediction", gt=0)
     gamma: float = opt(1.0, "discount", gt=0, le=1)
     lam: float = opt(0.95, "GAE lambda", ge=0, le=1)
     ppo_epochs: int = opt(1, "passes over each batch", ge=1)
     minibatch_size: int = opt(64, "rollouts per optimizer step", ge=1)
-    whiten_advantages: bool = opt(True, "normalise advantages over the whole batch and all ranks")
-    ptx_coef: float = opt(0.0, "weight of the pre-training loss in the policy's optimizer step; 0 turns ptx off",
-                          ge=0)
+    whiten_advantages: bool = opt(True, "ppo: normalise advantages over the whole batch and all ranks")
+    ptx: bool = opt(False, "mix the pre-training loss into the policy's optimizer steps (PPO-ptx)")
+    ptx_coef: float = opt(1.0, "weight of the pre-training loss", gt=0)
     ptx_blocks: int = opt(16, "text blocks of model.max_length tokens per optimizer step", ge=1)
     ema_decay: float = opt(0.0, "decay of the exponential moving average of policy weights per iteration; "
                            "0 turns it off, else the average is what is saved", ge=0, lt=1)
-    truncation_penalty: float | None = opt(None, "score given to a response cut at max_response_tokens "
-                                           "(null: its score as it is)")
 
 
 @dataclass
@@ -214,14 +255,48 @@ class PPOConfig:
 
 
 @dataclass
+class DPOConfig:
+    beta: float = opt(0.1, "weight of the implicit KL penalty towards the SFT policy", gt=0)
+    epochs: int = opt(1, "passes over the comparisons", ge=1)
+    prompts_per_batch: int = opt(16, "prompts, each with all its pairs, per optimizer step", ge=1)
+    val_fraction: float = opt(0.1, "share of prompts held out for validation", gt=0, lt=1)
+    label_smoothing: float = opt(0.0, "conservative DPO: the chance that a label is the wrong way round", ge=0, lt=0.5)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class AlarmConfig:
+    threshold: float = opt(0.0, "when it rings; see rlhf_ray/metrics/alarms.py for each alarm's unit")
+    action: str = opt("log", "`log`; `pause` until the file PAUSED in the run's ppo directory is removed; `stop`: save "
+                      "the policy and end the run", choices=("off", "log", "pause", "stop"))
+    cooldown: int = opt(5, "iterations for which it then stays silent", ge=0)
+
+
+@dataclass
+class AlarmsConfig:
+    """What is watched while the policy trains: see rlhf_ray/metrics/alarms.py."""
+
+    kl: AlarmConfig = field(default_factory=lambda: AlarmConfig(30.0))
+    entropy: AlarmConfig = field(default_factory=lambda: AlarmConfig(0.3))
+    length: AlarmConfig = field(default_factory=lambda: AlarmConfig(1.6))
+    repetition: AlarmConfig = field(default_factory=lambda: AlarmConfig(0.15))
+    divergence: AlarmConfig = field(default_factory=lambda: AlarmConfig(3.0))
+    nonfinite: AlarmConfig = field(default_factory=lambda: AlarmConfig(0.0))
+    equal_groups: AlarmConfig = field(default_factory=lambda: AlarmConfig(1.0))
+    warmup_iterations: int = opt(2, "first iterations that make the baseline of the entropy and length alarms", ge=1)
+    window: int = opt(10, "last iterations that the divergence alarm looks at", ge=4)
+
+
+@dataclass
 class EvalConfig:
+    policy: str = opt("ppo", "the policy to judge: what stage ppo or stage dpo made", choices=("ppo", "dpo"))
     prompts: int = opt(512, "held-out prompts", ge=2)
     temperature: float = opt(1.0, "sampling temperature", gt=0)
     tie_margin: float = opt(0.1, "responses closer than this in the judge's log-odds are a tie", ge=0)
     bootstrap_samples: int = opt(10_000, "resamples of the confidence interval over prompts", ge=100)
     table_samples: int = opt(12, "before-and-after samples in the report", ge=0)
     loss_blocks: int = opt(256, "held-out text blocks for the alignment tax", ge=1)
-    baselines: list[str] = opt(["base", "sft"], "models that the PPO policy is compared with",  # noqa: RUF009 - opt makes a field
+    baselines: list[str] = opt(["base", "sft"], "models that the policy is compared with",  # noqa: RUF009 - opt makes a field
                                choices=("base", "sft"))
 
 
@@ -237,7 +312,7 @@ class Config:
 
     output_dir: str = opt("outputs/run", "directory of the run")
     seed: int = opt(0, "seed of everything random", ge=0)
-    stages: list[str] = opt(list(STAGES), "what `pipeline` runs, in order", choices=STAGES)  # noqa: RUF009 - opt makes a field
+    stages: list[str] = opt(list(DEFAULT_STAGES), "what `pipeline` runs, in order", choices=STAGES)  # noqa: RUF009 - opt makes a field
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -248,7 +323,10 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     rm: RMConfig = field(default_factory=RMConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -5,8 +5,8 @@ The denominator counts the tokens (or prompts) of all micro-batches of all ranks
 those of one big batch: an update depends neither on the micro-batch size, nor on accumulation, nor on the number
 of ranks. Whoever averages gradients over ranks, as DeepSpeed does, has to be undone by a factor of the world size.
 
-Per-token arguments have one common shape, [T] or [N, L]; masks are bool; entries outside the mask, NaN too,
-have no effect. Every field but `loss` is a detached scalar: a plain sum over this micro-batch, ready to be
+Per-token arguments have one common shape, [T] or [N, L]; masks are bool; entries outside the mask (or of weight
+0), NaN too, have no effect. Every field but `loss` is a detached scalar: a plain sum over this micro-batch, ready to be
 added up over micro-batches and ranks and divided once. A denominator <= 0 raises ValueError.
 """
 
@@ -17,8 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_ray.core.kl import safe_exp
+from rlhf_ray.core.kl import SOUND, k2, k3, safe_exp
 from rlhf_ray.core.masked import Moments, masked_sum
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The ratio counts within [1 - low, 1 + high]; dual (> 1): with A < 0 at most dual * |A| is lost."""
+
+    low: float
+    high: float
+    dual: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,27 +68,56 @@ def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
-    clip_ratio: float,
+    weights: Tensor,
+    clip: Clip,
     denominator: float,
+    responses: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: -min(ratio * A, clip(ratio) * A).
+    """PPO's clipped surrogate (Schulman et al. 2017, eq. 7), negated: -sum of w * min(ratio * A, clip(ratio) * A).
 
-    clip keeps the ratio exp(logprobs - old_logprobs) within 1 +- clip_ratio. logprobs are those of the policy
-    in training (with gradients); old_logprobs its own before the first update.
-    denominator: response tokens of the optimizer window.
+    logprobs are those of the policy in training (with gradients); old_logprobs its own before the first update.
+    weights float: 0 where a token does not count; elsewhere what algorithm and importance correction make of it.
+    denominator: that of the optimizer window. responses int64: the number of each token's response; if given, the
+    ratio is that of the whole response (all its tokens must be in this call), and the clip is of that.
     """
+    mask = weights > 0
     # masked before exp: where(mask, inf, 0) is 0, but its gradient is NaN
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
+    kl_k1_sum = -log_ratio.detach().sum()
+    if responses is not None and responses.numel():
+        whole = log_ratio.new_zeros(int(responses.max()) + 1).index_add(0, responses, log_ratio)
+        log_ratio = torch.where(mask, whole[responses], 0)
     ratio, clamped_count = safe_exp(log_ratio)
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages
+    clipped = ratio.clamp(1 - clip.low, 1 + clip.high) * advantages
+    surrogate = torch.minimum(unclipped, clipped)
+    if clip.dual is not None:  # bounds what one token with A < 0 can do (Ye et al. 2020, arXiv 1912.09729, eq. 5)
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, clip.dual * advantages), surrogate)
     return PolicyLoss(
-        loss=-masked_sum(torch.minimum(unclipped, clipped), mask) / _positive(denominator),
-        clip_count=(mask & (clipped < unclipped)).sum(),
-        kl_k1_sum=-log_ratio.detach().sum(),
+        loss=-masked_sum(weights * surrogate, mask) / _positive(denominator),
+        clip_count=(mask & (surrogate != unclipped)).sum(),
+        kl_k1_sum=kl_k1_sum,
         clamped_count=clamped_count,
     )
+
+
+def kl_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, weights: Tensor, estimator: str, denominator: float
+) -> tuple[Tensor, Tensor]:
+    """(sum of w * estimate / denominator, tokens that `safe_exp` clamped). estimator: k2 or k3, see `core.kl`."""
+    if estimator not in SOUND["loss"]:
+        raise ValueError(f"{estimator} is not sound in a loss: {' or '.join(SOUND['loss'])}")
+    mask = weights > 0
+    policy, reference = (torch.where(mask, x, 0) for x in (logprobs, ref_logprobs))
+    if estimator == "k2":
+        return masked_sum(weights * k2(policy, reference), mask) / _positive(denominator), mask.new_zeros(()).long()
+    estimate, clamped = k3(policy, reference)
+    return masked_sum(weights * estimate, mask) / _positive(denominator), clamped
+
+
+def entropy_loss(entropies: Tensor, weights: Tensor, denominator: float) -> Tensor:
+    """-sum of w * entropy / denominator: minimised, it keeps the policy from settling on few answers."""
+    return -masked_sum(weights * entropies, weights > 0) / _positive(denominator)
 
 
 def value_loss(

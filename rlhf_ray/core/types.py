@@ -22,12 +22,18 @@ class TokenDataset:
 @dataclass(frozen=True)
 class RankedDataset:
     """Ranked responses: ids int32 [T] (prompt + response), lengths int32 [N], ranks int32 [N] (1 is best, equal is
-    a tie), groups int32 [N] (the number of the prompt, ascending)."""
+    a tie), groups int32 [N] (the number of the prompt, ascending), prompt_lengths int32 [N] (tokens of it in ids)."""
 
     ids: np.ndarray
     lengths: np.ndarray
     ranks: np.ndarray
     groups: np.ndarray
+    prompt_lengths: np.ndarray
+
+    @property
+    def in_response(self) -> np.ndarray:
+        """bool [T]: the response's tokens, its end among them, from lengths alone."""
+        return _behind(self.prompt_lengths, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class RolloutBatch:
 
     ids int32 [T] prompt + response (EOS included where it was sampled); lengths, prompt_lengths int32 [N];
     sampled_logprobs float32 [T] as the engine saw them (0 on prompt tokens); truncated bool [N]: stopped by the
-    length limit; prompt_index int64 [N] in the prompt set; seeds int64 [N]; version: the policy weights used.
+    length limit; prompt_index int64 [N] in the prompt set; positions int64 [N]: places in the whole batch; seeds
+    int64 [N]; version: the policy weights used.
     """
 
     ids: np.ndarray
@@ -53,29 +60,40 @@ class RolloutBatch:
     sampled_logprobs: np.ndarray
     truncated: np.ndarray
     prompt_index: np.ndarray
+    positions: np.ndarray
     seeds: np.ndarray
     version: int
 
     @property
     def in_response(self) -> np.ndarray:
         """bool [T]: tokens that the policy chose, from lengths alone (never from `ids != pad`)."""
-        starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])[:-1]
-        place = np.arange(len(self.ids)) - np.repeat(starts, self.lengths)
-        return place >= np.repeat(self.prompt_lengths, self.lengths)
+        return _behind(self.prompt_lengths, self.lengths)
 
 
 @dataclass(frozen=True)
-class TrainBatch:
-    """A scored rollout batch with everything an update reads.
+class PolicyBatch:
+    """A scored rollout batch with everything a policy update reads.
 
-    ids, in_response, old_logprobs, advantages, values, returns: [T]; lengths int32 [N].
+    ids, in_response, old_logprobs, ref_logprobs, advantages, weights: [T]; lengths int32 [N]. in_response is False on
+    responses that are left out of the update; weights float32: the importance correction, 1 without one.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     in_response: np.ndarray
     old_logprobs: np.ndarray
+    ref_logprobs: np.ndarray
     advantages: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class CriticBatch:
+    """What a critic update reads: ids, in_response, values, returns: [T]; lengths int32 [N]."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    in_response: np.ndarray
     values: np.ndarray
     returns: np.ndarray
 
@@ -85,7 +103,8 @@ class RolloutInfo:
     """What the driver learns of a shard: numbers only.
 
     positions int64 [N]: places of its rollouts in the whole batch; lengths int32 [N] tokens, prompt + response;
-    response_tokens; truncated and empty rollouts (the empty ones are dropped); seconds since the shard before.
+    response_tokens; truncated and empty rollouts (the empty ones are dropped); repeated of all `ngrams` 3-grams of
+    token ids occurred before in the same response; seconds since the shard before.
     """
 
     positions: np.ndarray
@@ -93,4 +112,24 @@ class RolloutInfo:
     response_tokens: int
     truncated: int
     empty: int
+    repeated: int
+    ngrams: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """What a reward function may read of the prompt set: texts and metadata, N each, in its order.
+
+    metadata is the JSON text of an object, "" for none: text is cheap to send and holds nothing that runs.
+    """
+
+    texts: tuple[str, ...]
+    metadata: tuple[str, ...]
+
+
+def _behind(prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """bool [T]: which tokens of N sequences end to end come after their prompts."""
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
+    place = np.arange(int(np.sum(lengths))) - np.repeat(starts, lengths)
+    return place >= np.repeat(prompt_lengths, lengths)

@@ -7,7 +7,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,10 +29,15 @@ Turns = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is asked. input: the optional second field of Alpaca-style data."""
+    """What the model is asked. input: the optional second field of Alpaca-style data.
+
+    metadata: what a reward source may know of the prompt and the model may not, such as the right answer: a JSON object
+    as text, which hashes, with sorted keys, or "".
+    """
 
     turns: Turns
     input: str | None = None
+    metadata: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,12 +129,18 @@ def read_demonstrations(source: str) -> list[Demonstration]:
 
 
 def read_comparisons(source: str) -> list[Comparison]:
-    """Rows with `prompt`, `responses` (two or more), `ranks` (1 is best, equal is a tie) and `labeler`."""
+    """Rows with `prompt`, `responses` (two or more), `ranks` (1 is best, equal is a tie) and `labeler`.
+
+    The prompt is given in any of the forms that `read_prompts` takes.
+    """
     return _read(source, _comparison)
 
 
 def read_prompts(source: str) -> list[Prompt]:
-    """Rows with `prompt`, with `instruction` and `input`, or with `messages` that end with the user."""
+    """Rows with `prompt`, with `instruction` and `input`, or with `messages` that end with the user.
+
+    Any of them may have `metadata`, an object.
+    """
     return _read(source, _prompt)
 
 
@@ -184,7 +195,23 @@ def _messages(where: str, row: dict[str, Any], last: str) -> Turns:
     return tuple(turns)
 
 
+def _metadata(where: str, row: dict[str, Any]) -> str:
+    value = row.get("metadata")
+    if value is None:
+        return ""
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: `metadata` must be an object such as {{"answer": "7"}}, got {value!r:.60}')
+    try:
+        return _encodable(where, "metadata", canonical_json(value))
+    except (TypeError, ValueError) as error:  # a Parquet file may hold dates, and Python reads NaN from JSON
+        raise UserError(f"{where}: `metadata` holds what JSON has no form for: {_first_line(error)}") from error
+
+
 def _prompt(where: str, row: dict[str, Any]) -> Prompt:
+    return replace(_asked(where, row), metadata=_metadata(where, row))
+
+
+def _asked(where: str, row: dict[str, Any]) -> Prompt:
     if row.get("messages") is not None:
         return Prompt(_messages(where, row, "user"))
     if isinstance(row.get("prompt"), list):
@@ -203,7 +230,7 @@ def _demonstration(where: str, row: dict[str, Any]) -> Demonstration:
             raise UserError(f"{where}: `messages` needs a user's message before the last one, the assistant's")
         return Demonstration(Prompt(turns[:-1]), turns[-1].content)
     key = "response" if row.get("output") is None else "output"
-    return Demonstration(_prompt(where, row), _string(where, row, key))
+    return Demonstration(_asked(where, row), _string(where, row, key))
 
 
 def _comparison(where: str, row: dict[str, Any]) -> Comparison:
@@ -225,13 +252,20 @@ def _comparison(where: str, row: dict[str, Any]) -> Comparison:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
+def canonical_json(value: dict[str, Any]) -> str:
+    """The one text of an object: sorted keys, no spaces. Raises TypeError or ValueError if JSON has no form for it."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def comparison_row(c: Comparison) -> dict[str, Any]:
     """The row that `read_comparisons` reads back as `c`."""
     if len(c.prompt.turns) == 1 and c.prompt.turns[0].role == "user":
         prompt: Any = c.prompt.turns[0].content
     else:
         prompt = [{"role": m.role, "content": m.content} for m in c.prompt.turns]
-    extra = {"input": c.prompt.input} if c.prompt.input else {}
+    extra: dict[str, Any] = {"input": c.prompt.input} if c.prompt.input else {}
+    if c.prompt.metadata:
+        extra["metadata"] = json.loads(c.prompt.metadata)
     return {"prompt": prompt, **extra, "responses": list(c.responses), "ranks": list(c.ranks), "labeler": c.labeler}
 
 

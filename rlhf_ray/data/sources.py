@@ -1,4 +1,4 @@
-"""From `DataConfig` to data, whichever the source: the embedded reviews or the user's files."""
+"""From `DataConfig` to data, whichever the source: embedded reviews, tasks of reasoning-gym, or the user's files."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import json
 from collections.abc import Callable
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from rlhf_ray.config.checks import STAGE_DATA
 from rlhf_ray.config.schema import DataConfig
-from rlhf_ray.data import formats, reviews
+from rlhf_ray.data import formats, reasoning, reviews
 from rlhf_ray.data.formats import Demonstration, Prompt
 from rlhf_ray.errors import UserError
+from rlhf_ray.versions import find
 
 if TYPE_CHECKING:
     from rlhf_ray.data.sentiment import SentimentClassifier, SimulatedLabeler
 
 T = TypeVar("T")
 PPO_PROMPTS_PER_REVIEW = 4
+REASONING_COUNTS = {"demonstrations": 4000, "train": 4000, "held_out": 1000}  # or all that a task has
+
+# (prompts, responses, metadata of the prompts) to 1.0 for every right response and 0.0 for the others.
+Verifier = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
 
 # Keys that other options may make a stage read; looked at if they are set.
 MAY_NEED = {"compare": ["comparisons", "compare_prompts"], "ppo": ["texts"]}
@@ -41,6 +46,7 @@ class TaskData(Protocol):
     def labeler_accuracy(self) -> dict[str, Any]: ...
     def judge(self) -> SentimentClassifier | None: ...
     def judge_accuracy(self) -> dict[str, Any]: ...
+    def verifier(self) -> Verifier | None: ...
 
 
 class FileData:
@@ -95,6 +101,10 @@ class FileData:
 
     def judge_accuracy(self) -> dict[str, Any]:
         return {"held_out_accuracy": None}
+
+    def verifier(self) -> Verifier | None:
+        """Nobody knows the answers; a function of the user's, in reward.sources, may."""
+        return None
 
     def _read(self, key: str, reader: Callable[[str], list[T]]) -> list[T]:
         source = getattr(self.cfg, key)
@@ -165,6 +175,98 @@ class ReviewData:
     def judge_accuracy(self) -> dict[str, Any]:
         return self._classifiers[1].held_out
 
+    def verifier(self) -> Verifier | None:
+        """No continuation of a review is right or wrong."""
+        return None
+
+
+class ReasoningData:
+    """A task of reasoning-gym, whose answers can be verified."""
+
+    def __init__(self, task: str, seed: int):
+        self.task, self.seed = task, seed
+
+    @cached_property
+    def _demonstrations(self) -> list[Demonstration]:
+        return reasoning.demonstrations(self.task, self.seed, REASONING_COUNTS["demonstrations"])
+
+    @cached_property
+    def _train(self) -> list[Prompt]:
+        return reasoning.prompts(self.task, "train", self.seed, REASONING_COUNTS["train"])
+
+    @cached_property
+    def _held_out(self) -> list[Prompt]:
+        return reasoning.prompts(self.task, "held_out", self.seed, REASONING_COUNTS["held_out"])
+
+    def demonstrations(self) -> list[Demonstration]:
+        return self._demonstrations
+
+    def compare_prompts(self) -> list[Prompt]:
+        _no_rankings()
+
+    def ppo_prompts(self) -> list[Prompt]:
+        return self._train
+
+    def eval_prompts(self) -> list[Prompt]:
+        return self._held_out
+
+    def texts(self) -> list[str]:
+        """Questions of the demonstrations, each with its answer."""
+        return [f"{_asked(d.prompt)} {d.response}" for d in self._demonstrations]
+
+    def eval_texts(self) -> list[str]:
+        """Held-out questions, each with its answer."""
+        return [f"{_asked(p)} {json.loads(p.metadata)['answer']}" for p in self._held_out]
+
+    @cached_property
+    def _sha256(self) -> dict[str, str]:
+        """Of each part's questions and answers, in their order."""
+        parts = {"demonstrations": [d.prompt for d in self._demonstrations], "train": self._train,
+                 "held_out": self._held_out}
+        return {name: _sha256([(_asked(p), p.metadata) for p in prompts]) for name, prompts in parts.items()}
+
+    def fingerprint(self) -> str:
+        return _sha256([self.task, self.seed, self._sha256])
+
+    def counts(self) -> dict[str, int]:
+        """Questions in each part."""
+        return {"demonstrations": len(self._demonstrations), "train": len(self._train),
+                "held_out": len(self._held_out)}
+
+    def save_split(self, path: Path) -> None:
+        """What the parts were drawn from, their counts and hashes, and the held-out questions themselves."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({
+            "task": self.task, "options": reasoning.TASKS[self.task], "seed": self.seed,
+            "held_out_every": reasoning.HELD_OUT_EVERY, "reasoning_gym": find("reasoning-gym"),
+            "counts": self.counts(), "sha256": self._sha256, "held_out": [_asked(p) for p in self._held_out],
+        }) + "\n")
+
+    def labeler(self, scale: float) -> SimulatedLabeler:
+        _no_rankings()
+
+    def labeler_accuracy(self) -> dict[str, Any]:
+        _no_rankings()
+
+    def judge(self) -> SentimentClassifier | None:
+        """None: there is no matter of taste. See `verifier`."""
+        return None
+
+    def judge_accuracy(self) -> dict[str, Any]:
+        return {"held_out_accuracy": None}
+
+    def verifier(self) -> Verifier | None:
+        return reasoning.verify
+
+
+def _no_rankings() -> NoReturn:
+    raise UserError("data.source=reasoning has answers that are right or wrong, and needs no rankings: leave compare "
+                    "and rm out of stages, and set reward.sources=[rlhf_ray.data.reasoning:verify]")
+
+
+def _asked(prompt: Prompt) -> str:
+    return prompt.turns[-1].content
+
 
 def _sha256(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
@@ -172,12 +274,19 @@ def _sha256(facts: Any) -> str:
 
 def load_task_data(cfg: DataConfig) -> TaskData:
     """The data of a run; the stages of a pipeline share what was read and fitted."""
-    return _review_data(cfg.split_seed) if cfg.source == "reviews" else FileData(cfg)
+    if cfg.source == "reviews":
+        return _review_data(cfg.split_seed)
+    return _reasoning_data(cfg.reasoning_task, cfg.split_seed) if cfg.source == "reasoning" else FileData(cfg)
 
 
 @cache
 def _review_data(seed: int) -> ReviewData:
     return ReviewData(seed)
+
+
+@cache
+def _reasoning_data(task: str, seed: int) -> ReasoningData:
+    return ReasoningData(task, seed)
 
 
 def check_paths(cfg: DataConfig, stage: str) -> None:

@@ -120,15 +120,20 @@ class GenerationEngine:
         self.llm.init_weight_transfer_engine({"init_info": payload})
 
     def start_weight_update(self) -> None:
+        self.llm.collective_rpc("start_digest")
         self.llm.start_weight_update()
 
     def update_weights(self, payload: Any) -> None:
         self.llm.update_weights({"update_info": payload})
 
-    def finish_weight_update(self, version: int) -> None:
-        """The new weights are whole: forget what the old ones computed, and say whose they are."""
+    def finish_weight_update(self, version: int) -> list[int]:
+        """The new weights are whole: forget what the old ones computed, and say whose they are.
+
+        Returns a digest of what each worker was given.
+        """
         self.llm.finish_weight_update(str(version))
         self._forget_old_weights()
         self.version = version
+        return list(self.llm.collective_rpc("finish_digest"))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -87,6 +88,17 @@ class MicroBatch:
     loss: Callable[[PackedRows], Tensor]
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """grad_norm: before clipping; skipped: it was not finite; norms: that of each group of micro-batches alone, none
+    with an offloaded optimizer, where DeepSpeed shows gradients only after the last micro-batch."""
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+    norms: list[float]
+
+
 class Learner:
     """Trains `module` on packed micro-batches; every method but `rank` is collective over the group.
 
@@ -130,6 +142,22 @@ class Learner:
             dist.all_reduce(values, op=op)
         return [float(v) for v in values]
 
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all ranks, rank after rank: float64 [n, k] -> [sum of n, k]; k is the same everywhere."""
+        if self.world_size == 1:
+            return rows
+        counts = self._counts(len(rows))
+        mine = torch.zeros((max(counts), rows.shape[1]), dtype=torch.float64, device=self.device)
+        mine[: len(rows)] = torch.as_tensor(rows)
+        parts = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(parts, mine)
+        return np.concatenate([p[:n].cpu().numpy() for p, n in zip(parts, counts, strict=True)])
+
+    def _counts(self, mine: int) -> list[int]:
+        counts = [0.0] * self.world_size
+        counts[self.rank] = float(mine)
+        return [int(c) for c in self.sum(*counts)]
+
     # -- passes ----------------------------------------------------------------------------------------------
 
     def forward(self, batches: Sequence[PackedRows], pass_: Callable[[PackedRows], Tensor]) -> list[Tensor]:
@@ -143,28 +171,52 @@ class Learner:
                 outputs.append(pass_(rows.to(self.device)).cpu())
         return outputs[: len(batches)]
 
-    def step(self, batches: Sequence[MicroBatch]) -> dict[str, float]:
-        """One optimizer step on the sum of the losses of all micro-batches of all ranks.
+    def step(self, *groups: Sequence[MicroBatch]) -> StepReport:
+        """One optimizer step on the sum of the losses of all micro-batches of all groups and ranks.
 
-        Returns grad_norm (before clipping), lr, and skipped: 1.0 if a gradient was not finite on some rank, in
-        which case DeepSpeed drops the step on all ranks together and the weights stay as they were.
+        Groups (RL and ptx, say) differ in nothing but that the gradient norm of each is reported. A step with a
+        gradient that is not finite on some rank is dropped by DeepSpeed on all ranks together, and the weights stay
+        as they were.
         """
         self.engine.train()  # for gradient checkpointing; dropout is what the model was loaded with
-        count = max(1, int(self.max(len(batches))))
-        for i in range(count):
-            self.engine.set_gradient_accumulation_boundary(i == count - 1)
-            batch = batches[i] if i < len(batches) else self._nothing
-            self.engine.backward(batch.loss(batch.rows.to(self.device)) * self.world_size)
+        counts = [int(self.max(len(group))) for group in groups]
+        counts[0] = counts[0] or int(not any(counts))  # one backward pass at least
+        total, done = sum(counts), 0
+        several = len([c for c in counts if c]) > 1  # a single group's norm is that of all
+        watched = several and not self.cfg.offload_optimizer
+        norms: list[float] = []
+        before: list[Tensor] | None = None
+        for group, count in zip(groups, counts, strict=True):
+            for i in range(count):
+                done += 1
+                self.engine.set_gradient_accumulation_boundary(done == total)
+                batch = group[i] if i < len(group) else self._nothing
+                self.engine.backward(batch.loss(batch.rows.to(self.device)) * self.world_size)
+            if watched:
+                after = self._gradients()
+                own = after if before is None else [a - b for a, b in zip(after, before, strict=True)]
+                norms.append(self._norm(own))
+                before = after
         lr = self.optimizer_cfg.lr * lr_scale(
             self.steps_done, self.total_steps, self.optimizer_cfg.warmup_ratio, self.optimizer_cfg.schedule,
             self.optimizer_cfg.min_lr_ratio,
         )
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        for parameters in self.engine.optimizer.param_groups:
+            parameters["lr"] = lr
         self.engine.step()
         self.steps_done += 1
         norm = float(self.engine.get_global_grad_norm())
-        return {"grad_norm": norm, "lr": lr, "skipped": float(not math.isfinite(norm))}
+        return StepReport(norm, lr, not math.isfinite(norm),
+                          norms if several else [norm if c else 0.0 for c in counts])
+
+    def _gradients(self) -> list[Tensor]:
+        """Copies of this rank's parts of the gradients accumulated so far."""
+        from deepspeed.utils import safe_get_local_grad
+
+        return [safe_get_local_grad(p).detach().float().clone() for p in self.module.parameters()]
+
+    def _norm(self, parts: Sequence[Tensor]) -> float:
+        return math.sqrt(self.sum(sum(float(p.double().square().sum()) for p in parts))[0])
 
     @property
     def _nothing(self) -> MicroBatch:

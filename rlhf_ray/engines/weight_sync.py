@@ -6,7 +6,8 @@
 
 Life cycle. `connect` once: rank 0 opens a rendezvous and tells every generator to join it. `push(version)` after
 each update, on all ranks: start_weight_update on every engine, packed buckets, finish_weight_update, which also
-stamps the version and empties the prefix cache. `close` at the end.
+stamps the version, empties the prefix cache and compares a digest of what was sent with one of what each engine
+loaded. `close` at the end.
 
 One interface, three wires. NCCL and CUDA IPC are vLLM's own engines. gloo is the pair below; it is registered from
 the `vllm.general_plugins` entry point, so that it is there in a worker's process too, wherever that runs.
@@ -22,7 +23,7 @@ here needs tests/end_to_end/test_weight_sync.py.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -45,6 +46,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from rlhf_ray.core.digest import add_digests, tensor_digest
 from rlhf_ray.engines.learner import Learner
 
 _CONNECT_TIMEOUT = timedelta(seconds=120)
@@ -61,6 +63,7 @@ class WorkerExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`): methods that `collective_rpc` reaches by name."""
 
     model_runner: Any
+    digest: int
 
     def refresh_tied_head(self) -> None:
         """Make an output head that shares the embeddings' weights see the new ones.
@@ -72,6 +75,27 @@ class WorkerExtension:
         method: Any = getattr(head, "quant_method", None)
         if self.model_runner.model_config.hf_text_config.tie_word_embeddings and method is not None:
             method.process_weights_after_loading(head)
+
+    def start_digest(self) -> None:
+        """From here on, digest whatever is loaded into the model, whichever wire brings it."""
+        model: Any = self.model_runner.get_model()
+        load, self.digest = type(model).load_weights, 0
+
+        def load_and_digest(weights: Iterable[tuple[str, Tensor]]) -> Any:
+            return load(model, self._digested(weights))
+
+        model.load_weights = load_and_digest
+
+    def _digested(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self.digest = add_digests(self.digest, tensor_digest(name, tensor))
+            yield name, tensor
+
+    def finish_digest(self) -> int:
+        """The digest of everything that was loaded since `start_digest`."""
+        model: Any = self.model_runner.get_model()
+        del model.load_weights  # the class's own again
+        return self.digest
 
 
 # -- gloo ------------------------------------------------------------------------------------------------------
@@ -278,17 +302,21 @@ class LearnerWeights(WeightSource):
     """A ZeRO-3 learner's parameters as vLLM wants them: gathered in buckets, in a fixed order.
 
     Every learner rank walks it. Each tensor is valid until the next is drawn. `observe`, if given, sees every
-    whole tensor in passing (on all ranks).
+    whole tensor in passing (on all ranks). On rank 0 `digest` is that of the last walk.
     """
 
     def __init__(self, learner: Learner, bucket_bytes: int, observe: Any = None):
         self._learner, self._bucket_bytes, self._observe = learner, bucket_bytes, observe
+        self.digest = 0
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(*shape) for shape in self._learner.shapes()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self.digest = 0
         for name, tensor in self._learner.weights(self._bucket_bytes):
+            if self._learner.rank == 0:
+                self.digest = add_digests(self.digest, tensor_digest(name, tensor))
             if self._observe is not None:
                 self._observe(name, tensor)
             yield name, tensor
@@ -303,7 +331,7 @@ class Engines(Protocol):
     def init(self, payloads: list[dict[str, Any]]) -> None: ...
     def start(self) -> None: ...
     def update(self, payload: Any) -> None: ...
-    def finish(self, version: int) -> None: ...
+    def finish(self, version: int, digest: int) -> None: ...
     def worker_counts(self) -> list[int]: ...
 
 
@@ -313,6 +341,7 @@ class _Client:
     def __init__(self, engines: Engines):
         self._engines = engines
         self.version = 0
+        self.source: LearnerWeights | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         payloads, rank = [], init_info.get("rank_offset")
@@ -328,7 +357,8 @@ class _Client:
         self._engines.update(update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._engines.finish(self.version)
+        assert self.source is not None
+        self._engines.finish(self.version, self.source.digest)
 
 
 class WeightSender:
@@ -349,9 +379,8 @@ class WeightSender:
             info = NCCLTrainerInitInfo(address, port, world, packed_buffer_size_bytes=bucket, rank=rank)
         else:
             info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=bucket, rank=rank)
-        self._engine = WeightTransferTrainerFactory.trainer_init(
-            info, client=self._client, source=LearnerWeights(learner, bucket, observe)
-        )
+        self._client.source = LearnerWeights(learner, bucket, observe)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._client.source)
 
     def push(self, version: int) -> None:
         """Bring every engine to the learner's weights and stamp them `version`. Collective over the learner ranks."""

@@ -1,7 +1,7 @@
 """The figures of report.html, as inline SVG.
 
 Each is {"title", "caption", "svg"}, or None (left out of a list) where its numbers are missing. `rows`: one dict per
-PPO iteration, as in metrics.jsonl.
+iteration (of DPO: optimizer step), as in metrics.jsonl.
 """
 
 import math
@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_COLORS = {"base": "#98a2ad", "sft": "#4f81bd", "ppo": "#0f766e", "warm": "#c2703d", "plum": "#8b6aa8"}
+_COLORS = {"base": "#98a2ad", "sft": "#4f81bd", "policy": "#0f766e", "warm": "#c2703d", "plum": "#8b6aa8"}
 _PHASES = {"rollout": "#4f81bd", "score": "#8fb3d9", "update": "#0f766e", "weight_sync": "#c2703d"}
 _PHASE_OTHER = ("#b9c0c8", "#8b6aa8", "#d5b35c")
 _STYLE: dict[Any, Any] = {
@@ -40,37 +40,27 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def win_plot(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """results: per bar, from below, what is written on it and its entry of the report's `win_rate`."""
+def win_plot(results: Sequence[tuple[str, Mapping[str, Any]]], policy: str = "PPO") -> dict[str, Any] | None:
+    """results: per bar, from below, what is written on it and its entry of the report's `win_rate`. policy: its name
+    on the page."""
     if not results:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for y, (text, result) in enumerate(results):
-            rate, (low, high) = result["rate"], result["ci95"]
-            axes.barh(y, rate, height=0.52, color=_COLORS["ppo"], alpha=0.88)
-            axes.errorbar(
-                rate,
-                y,
-                xerr=[[max(0, rate - low)], [max(0, high - rate)]],
-                color="#1f2933",
-                capsize=4,
-                linewidth=1.6,
-            )
+            _rate_bar(axes, y, result, _COLORS["policy"])
             axes.text(0.02, y, text, va="center", color="white", weight="bold", fontsize=10)
         top = len(results) - 0.55
         axes.plot([0.5, 0.5], [-0.45, top], color=_COLORS["warm"], linestyle=(0, (4, 3)), linewidth=1.4)
         axes.text(0.5, top + 0.03, "even", color="#a3562a", ha="center", va="bottom", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(-0.45, top + 0.32), yticks=[])
-        axes.grid(axis="y", visible=False)
-        axes.spines["left"].set_visible(False)
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        _percent_bars(axes)
 
     return _plot(
         "win",
-        "How often PPO is preferred",
-        "Bars show the share of held-out prompts on which the judge prefers PPO (ties count half), "
+        f"How often {policy} is preferred",
+        f"Bars show the share of held-out prompts on which the judge prefers {policy} (ties count half), "
         "whiskers the 95% interval over prompts; a whisker wholly right of the dashed line is a preference "
         "beyond chance.",
         draw,
@@ -78,8 +68,37 @@ def win_plot(results: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]
     )
 
 
+def accuracy_plot(results: Sequence[tuple[str, str, Mapping[str, Any]]], gain: str = "") -> dict[str, Any] | None:
+    """results: per bar, from below, the model (base, sft or policy), its name on the page, and its entry of the
+    report's `accuracy`. gain: a last sentence for the caption."""
+    if not results:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for y, (model, _, result) in enumerate(results):
+            _rate_bar(axes, y, result, _COLORS.get(model, _COLORS["policy"]))
+        axes.set(xlim=(0, 1), ylim=(-0.45, len(results) - 0.55), yticks=range(len(results)),
+                 yticklabels=[f"{name}   {result['rate']:.1%}" for _, name, result in results])
+        _percent_bars(axes)
+
+    return _plot(
+        "accuracy",
+        "How often the answer is right",
+        "Bars show the share of the same held-out prompts that each model answers rightly, by the task's verifier, "
+        f"whiskers the 95% interval over prompts. {gain}".strip(),
+        draw,
+        (5.4, 0.6 + 0.5 * len(results)),
+    )
+
+
+def preference_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether DPO went well: its loss, and how it orders the pairs of each batch."""
+    return _drawn(_dpo_loss_plot(rows), _dpo_accuracy_plot(rows))
+
+
 def progress_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Whether PPO went well: score, KL, length and time."""
+    """Whether reinforcement learning went well: score, KL, length and time."""
     return _drawn(_score_plot(rows), _kl_plot(rows), _length_plot(rows), _phase_plot(rows))
 
 
@@ -99,8 +118,8 @@ def overoptimisation_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         root_kl = np.sqrt(np.maximum([row["kl_per_sequence"] for row in full], 0))
         panels = figure.subplots(2, 1, sharex=True)
         for axes, key, name, color in (
-            (panels[0], "score", "reward model", _COLORS["sft"]),
-            (panels[1], "judge_score", "judge", _COLORS["ppo"]),
+            (panels[0], "score", "reward", _COLORS["sft"]),
+            (panels[1], "judge_score", "judge", _COLORS["policy"]),
         ):
             values = np.array([row[key] for row in full], np.float64)
             axes.scatter(root_kl, values, s=16, color=color, alpha=0.55, linewidths=0)
@@ -114,8 +133,8 @@ def overoptimisation_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         "overoptimisation",
         "Over-optimisation",
         "Each dot is an iteration and each line averages its neighbours: as long as the judge (below) climbs "
-        "with the reward model (above) the gain is real; where the judge turns down while the reward model "
-        "goes on up, the policy is exploiting the reward model (Gao et al. 2023).",
+        "with the reward (above) the gain is real; where the judge turns down while the reward goes on up, the "
+        "policy is exploiting what rewards it (Gao et al. 2023).",
         draw,
         (5.4, 3.9),
     )
@@ -138,16 +157,16 @@ def _score_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "score", _COLORS["sft"], "reward model")
-        _line(axes, rows, "judge_score", _COLORS["ppo"], "judge")
+        _line(axes, rows, "score", _COLORS["sft"], "reward")
+        _line(axes, rows, "judge_score", _COLORS["policy"], "judge")
         if judged:
             axes.legend(loc="best")
         axes.set_ylabel("mean score")
         _x_iterations(axes)
 
-    caption = "The reward model's mean score of each batch should rise and then level off"
+    caption = "The mean reward of each batch should rise and then level off"
     tail = (
-        "; the judge, which PPO never sees, should rise with it (the two have units of their own)."
+        "; the judge, which training never sees, should rise with it (the two have units of their own)."
         if judged
         else "."
     )
@@ -241,7 +260,7 @@ def _loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     found = [
         (key, name, color)
         for key, name, color in (
-            ("policy_loss", "policy", _COLORS["ppo"]),
+            ("policy_loss", "policy", _COLORS["policy"]),
             ("value_loss", "value", _COLORS["sft"]),
             ("ptx_loss", "ptx", _COLORS["warm"]),
         )
@@ -261,15 +280,15 @@ def _loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return _plot(
         "losses",
         "Losses",
-        "The value loss should fall as the critic learns; the policy loss hovers near zero "
-        "by construction, and the ptx loss should hardly rise.",
+        "The policy loss hovers near zero by construction; a value loss should fall as the critic learns, and a "
+        "ptx loss should hardly rise.",
         draw,
         (4.9, 3.3),
     )
 
 
 def _clip_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    keys = (("clip_fraction", "policy", _COLORS["ppo"]), ("value_clip_fraction", "value", _COLORS["sft"]))
+    keys = (("clip_fraction", "policy", _COLORS["policy"]), ("value_clip_fraction", "value", _COLORS["sft"]))
     if all(_series(rows, key) is None for key, _, _ in keys):
         return None
 
@@ -286,7 +305,7 @@ def _clip_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return _plot(
         "clip",
         "Clip fraction",
-        "The share of tokens where PPO's clip held the update back: a few per cent is "
+        "The share of tokens where the clip held the update back: a few per cent is "
         "usual, a quarter or more means steps that are too large.",
         draw,
         (4.9, 3.3),
@@ -336,7 +355,62 @@ def _fit_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     )
 
 
+def _dpo_loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if _series(rows, "loss") is None:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "loss", _COLORS["policy"])
+        axes.set_ylabel("nats per prompt")
+        _x_iterations(axes, "optimizer step")
+
+    return _plot(
+        "dpo_loss",
+        "Loss",
+        "The loss on each batch of comparisons begins at log 2 = 0.69 (less where the labeler saw ties) and should "
+        "fall; a fall towards zero means that the comparisons are learnt by heart.",
+        draw,
+    )
+
+
+def _dpo_accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if _series(rows, "accuracy") is None:
+        return None
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, rows, "accuracy", _COLORS["sft"])
+        axes.axhline(0.5, color="#b9c0c8", linewidth=1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_ylabel("pairs ordered rightly")
+        _x_iterations(axes, "optimizer step")
+
+    return _plot(
+        "dpo_accuracy",
+        "Implicit reward",
+        "The share of each batch's pairs whose preferred response gained more log-probability than the other: it "
+        "begins at chance, 50%, and should rise.",
+        draw,
+    )
+
+
 # --- parts of a figure ---
+
+
+def _rate_bar(axes: Axes, y: float, result: Mapping[str, Any], color: str) -> None:
+    """A bar of `rate` with a whisker of `ci95`."""
+    rate, (low, high) = result["rate"], result["ci95"]
+    axes.barh(y, rate, height=0.52, color=color, alpha=0.88)
+    whisker = [[max(0, rate - low)], [max(0, high - rate)]]
+    axes.errorbar(rate, y, xerr=whisker, color="#1f2933", capsize=4, linewidth=1.6)
+
+
+def _percent_bars(axes: Axes) -> None:
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _drawn(*plots: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -378,7 +452,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray | None:
 
 
 def _iterations(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array([row.get("iteration", i + 1) for i, row in enumerate(rows)], np.float64)
+    return np.array([row.get("iteration", row.get("step", i + 1)) for i, row in enumerate(rows)], np.float64)
 
 
 def _line(
@@ -392,8 +466,8 @@ def _line(
     axes.plot(x[there], values[there], color=color, label=label, marker=marker, markersize=3.5)
 
 
-def _x_iterations(axes: Axes) -> None:
-    axes.set_xlabel("PPO iteration")
+def _x_iterations(axes: Axes, name: str = "iteration") -> None:
+    axes.set_xlabel(name)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
 
 

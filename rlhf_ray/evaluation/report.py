@@ -10,18 +10,37 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from rlhf_ray.evaluation.plots import diagnostic_plots, overoptimisation_plot, progress_plots, win_plot
+from rlhf_ray.evaluation.plots import (
+    accuracy_plot,
+    diagnostic_plots,
+    overoptimisation_plot,
+    preference_plots,
+    progress_plots,
+    win_plot,
+)
 from rlhf_ray.evaluation.schema import BY_MODEL
 
-MODELS = ("base", "sft", "ppo")
+_TITLES = {
+    "base": "Base",
+    "sft": "SFT",
+    "ppo": "PPO",
+    "grpo": "GRPO",
+    "dr_grpo": "Dr. GRPO",
+    "rloo": "RLOO",
+    "reinforce_pp": "REINFORCE++",
+    "dpo": "DPO",
+}
 _STAGE_TEXT = {
     "pretrain": "trained the base model on plain text",
     "sft": "fine-tuned it on demonstrations",
     "compare": "sampled several responses per prompt and had them ranked",
     "rm": "trained the reward model on the rankings",
-    "ppo": "optimised the policy against the reward model",
+    "ppo": "optimised the policy against its reward",
+    "dpo": "trained the policy on the rankings directly",
     "eval": "compared the three models on held-out prompts",
 }
+
+
 def write_report(
     report: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
@@ -31,9 +50,9 @@ def write_report(
     """Write report.json, then report.html, into `out_dir`; each appears whole or not at all.
 
     report: the keys that `schema.validate_report` lists, and optionally `config` (YAML text) and `data` (counts by
-    part). history: one dict per PPO iteration, as in metrics.jsonl. samples: {"prompt": text, "base" | "sft"
-    | "ppo": {"text": text, "judge": score}}. Whatever is missing is left out of the page. Raises ValueError,
-    naming the path, for a number that is not finite, before anything is written.
+    part). history: one dict per iteration (of DPO: optimizer step), as in metrics.jsonl. samples: {"prompt": text,
+    "base" | "sft" | policy: {"text": text, "judge": score}}. Whatever is missing is left out of the page. Raises
+    ValueError, naming the path, for a number that is not finite, before anything is written.
     """
     plain = _plain(report, "report")
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -43,11 +62,18 @@ def write_report(
 
 
 def headline(report: Mapping[str, Any]) -> str | None:
-    """The main result in a sentence, `PPO preferred over SFT in 83% ...`; None before any comparison."""
+    """The main result in a sentence, `PPO preferred over SFT in 83% ...`; None before any comparison.
+
+    Where answers can be verified: `PPO right on 61% ... of 512 held-out prompts, SFT on 40% ...`.
+    """
+    policy, title = _policy(report)
+    ours, sft = (_get(report, f"accuracy.{name}") for name in (policy, "sft"))
+    if ours and sft:
+        return f"{title} right on {_rate(ours)} of {ours['n']:,} held-out prompts, SFT on {_rate(sft)}"
     for name in ("sft", "base"):
-        result = _get(report, f"win_rate.ppo_vs_{name}")
+        result = _get(report, f"win_rate.{policy}_vs_{name}")
         if result:
-            return f"PPO preferred over {_title(name)} in {_rate(result)} of {result['n']:,} held-out prompts"
+            return f"{title} preferred over {_title(name)} in {_rate(result)} of {result['n']:,} held-out prompts"
     return None
 
 
@@ -62,17 +88,23 @@ def render_html(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    rows, stages, shown = list(history), _stages(report), [_sample(sample) for sample in samples]
-    columns = [name for name in MODELS if any(name in (report.get(key) or {}) for key in BY_MODEL)]
+    policy, title = _policy(report)
+    models, dpo = ("base", "sft", policy), policy == "dpo"
+    rows, stages, shown = list(history), _stages(report), [_sample(sample, models) for sample in samples]
+    columns = [name for name in models if any(name in (report.get(key) or {}) for key in BY_MODEL)]
     return environment.get_template("report.html.j2").render(
+        policy=title,
         headline=headline(report),
         summary=_summary(report, rows),
+        basis=_basis(report),
         comparisons=_comparisons(report),
-        columns=[_title(name) for name in columns],
+        columns=[title if name == policy else _title(name) for name in columns],
         metrics=_metrics(report, columns),
         trust=_trust(report),
         sample_columns=[
-            (name, _title(name)) for name in MODELS if any(name in one["by_model"] for one in shown)
+            (name, title if name == policy else _title(name))
+            for name in models
+            if any(name in one["by_model"] for one in shown)
         ],
         samples=shown,
         stages=stages,
@@ -82,10 +114,12 @@ def render_html(
         versions=list((report.get("versions") or {}).items()),
         seed=report.get("seed"),
         config=report.get("config"),
-        win_plot=win_plot(_win_bars(report)),
-        progress=progress_plots(rows),
-        overoptimisation=overoptimisation_plot(rows),
-        diagnostics=diagnostic_plots(rows),
+        win_plot=win_plot(_win_bars(report), title),
+        accuracy_plot=accuracy_plot(*_accuracy_bars(report)),
+        point="optimizer step" if dpo else "iteration",
+        progress=preference_plots(rows) if dpo else progress_plots(rows),
+        overoptimisation=None if dpo else overoptimisation_plot(rows),
+        diagnostics=[] if dpo else diagnostic_plots(rows),
     )
 
 
@@ -94,26 +128,34 @@ def render_html(
 
 def _summary(report: Mapping[str, Any], rows: list[Mapping[str, Any]]) -> str:
     """What was made, in a sentence or two."""
-    done = report.get("stages") or {}
+    done, title = report.get("stages") or {}, _policy(report)[1]
     made = "A language model was"
-    steps = [
-        "fine-tuned on demonstrations" if "sft" in done else "",
-        "given a reward model trained on ranked responses" if "rm" in done else "",
-        f"optimised against it with PPO{f' for {len(rows)} iterations' if rows else ''}"
-        if "ppo" in done
-        else "",
-    ]
-    steps = [step for step in steps if step]
+    reward = "it" if "rm" in done else "its reward"
+    texts = {
+        "sft": "fine-tuned on demonstrations",
+        "rm": "given a reward model trained on ranked responses",
+        "ppo": f"optimised against {reward} with {title}{f' for {len(rows)} iterations' if rows else ''}",
+        "dpo": "trained on ranked responses with DPO",
+    }
+    steps = [text for name, text in texts.items() if name in done]
     if not steps:
         return "What this run has measured so far."
     listed = steps[0] if len(steps) == 1 else f"{', '.join(steps[:-1])} and {steps[-1]}"
     return f"{made} {listed}."
 
 
+def _basis(report: Mapping[str, Any]) -> str:
+    """What the headline rests on."""
+    judge = _get(report, "judge.is")
+    who = f"The judge is {judge}. " if judge else ""
+    ties = "" if report.get("accuracy") else "Ties count half. "
+    return f"{who}{ties}Brackets are the 95% interval over prompts."
+
+
 def _comparisons(report: Mapping[str, Any]) -> list[dict[str, str]]:
     found = []
     for name in ("sft", "base"):
-        result = _get(report, f"win_rate.ppo_vs_{name}")
+        result = _get(report, f"win_rate.{_policy(report)[0]}_vs_{name}")
         if result:
             low, high = result["ci95"]
             found.append(
@@ -131,41 +173,55 @@ def _win_bars(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [
         (f"against {_title(name)}   {_rate(result)}", result)
         for name in ("base", "sft")
-        if (result := _get(report, f"win_rate.ppo_vs_{name}")) is not None
+        if (result := _get(report, f"win_rate.{_policy(report)[0]}_vs_{name}")) is not None
     ]
 
 
+def _accuracy_bars(report: Mapping[str, Any]) -> tuple[list[tuple[str, str, Mapping[str, Any]]], str]:
+    """The bars of `accuracy_plot`, and what the policy gained in a sentence."""
+    policy, title = _policy(report)
+    found = report.get("accuracy") or {}
+    bars = [(model, title if model == policy else _title(model), found[model])
+            for model in ("base", "sft", policy) if model in found]
+    gain = found.get(f"{policy}_minus_sft")
+    if not gain:
+        return bars, ""
+    low, high = gain["ci95"]
+    text = (f"{title} less SFT, paired by prompt: {100 * gain['difference']:+.1f} points "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}].")
+    return bars, text.replace("-", "−")
+
+
 def _metrics(report: Mapping[str, Any], columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of the main table: name, what it means, a cell per model, and PPO's change to SFT."""
+    """The rows of the main table: name, what it means, a cell per model, and the policy's change to SFT."""
+    policy = _policy(report)[0]
+    verified = report.get("accuracy") or {}
+    rates = {name: 100 * verified[name]["rate"] for name in columns if name in verified}
 
     def row(key: str, name: str, hint: str, form: str, relative: bool) -> dict[str, Any] | None:
-        values = report.get(key) or {}
+        values = rates if key == "accuracy" else report.get(key) or {}
         if not values:
             return None
         cells = [format(values[m], form).replace("-", "−") if m in values else "–" for m in columns]
         change = ""
-        if "sft" in values and "ppo" in values:
-            gain = values["ppo"] - values["sft"]
+        if "sft" in values and policy in values:
+            gain = values[policy] - values["sft"]
             if not relative:  # the zero of a score is arbitrary, so a ratio of two would mean nothing
-                change = f"{gain:+.2f}"
+                change = f"{gain:+{form}}"
             elif values["sft"]:
                 change = f"{gain / values['sft']:+.1%}"
         return {"name": name, "hint": hint, "cells": cells, "change": change.replace("-", "−")}
 
     kl = report.get("kl_per_sequence")
-    cells = [{"sft": "0", "ppo": f"{kl:.1f}"}.get(m, "–") for m in columns] if kl is not None else []
+    cells = [{"sft": "0", policy: f"{kl:.1f}"}.get(m, "–") for m in columns] if kl is not None else []
+    judge = "the task's verifier" if verified else "the judge"
     return _present(
-        row(
-            "judge_score",
-            "Judge score",
-            "mean score of a judge that training never saw; higher is better",
-            ".2f",
-            False,
-        ),
+        row("accuracy", "Right answers", "share of held-out prompts, %, and the change in points", ".1f", False),
+        row("judge_score", "Judge score", f"mean score of {judge}; higher is better", ".2f", False),
         row(
             "rm_score",
             "Reward-model score",
-            "what PPO maximised; demonstrations score 0 on average",
+            "mean score of the reward model; demonstrations score 0 on average",
             ".2f",
             False,
         ),
@@ -202,8 +258,10 @@ def _trust(report: Mapping[str, Any]) -> list[dict[str, str]]:
         value = _get(report, path)
         return None if value is None else {"name": name, "value": f"{value:.1%}", "meaning": meaning}
 
-    ci95 = _get(report, "rm.ci95")
-    interval = f"95% interval {100 * ci95[0]:.1f} to {ci95[1]:.1%}; " if ci95 else ""
+    def interval(path: str) -> str:
+        ci95 = _get(report, path)
+        return f"95% interval {100 * ci95[0]:.1f} to {ci95[1]:.1%}; " if ci95 else ""
+
     return _present(
         fact(
             "judge.held_out_accuracy",
@@ -221,7 +279,14 @@ def _trust(report: Mapping[str, Any]) -> list[dict[str, str]]:
             "the same pair ranked twice; two people agreed on 73% for InstructGPT (Ouyang et al. 2022)",
         ),
         fact(
-            "rm.val_accuracy", "Reward model", f"held-out pairs ordered as labelled; {interval}chance is 50%"
+            "rm.val_accuracy",
+            "Reward model",
+            f"held-out pairs ordered as labelled; {interval('rm.ci95')}chance is 50%",
+        ),
+        fact(
+            "dpo.val_accuracy",
+            "Implicit reward of DPO",
+            f"held-out pairs ordered as labelled; {interval('dpo.ci95')}chance is 50%",
         ),
         fact(
             "labeler.noise_ceiling",
@@ -257,12 +322,14 @@ def _costs(
         {"value": f"{peak:.1f} GiB", "name": "peak resident memory, all processes"}
         if peak is not None
         else None,
-        {"value": f"{np.median(speed):,.0f}", "name": "tokens per second in PPO (median)"} if speed else None,
+        {"value": f"{np.median(speed):,.0f}", "name": f"tokens per second in {_policy(report)[1]} (median)"}
+        if speed
+        else None,
     )
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    by_model = {name: sample[name] for name in MODELS if sample.get(name)}
+def _sample(sample: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    by_model = {name: sample[name] for name in models if sample.get(name)}
     judged = {name: one["judge"] for name, one in by_model.items() if one.get("judge") is not None}
     best = max(judged, key=lambda name: judged[name], default=None)
     cells = {
@@ -276,8 +343,14 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": sample.get("prompt", ""), "by_model": cells}
 
 
+def _policy(report: Mapping[str, Any]) -> tuple[str, str]:
+    """(the policy's key in the report: the stage that made it; its name on the page: the algorithm's)."""
+    policy = report.get("policy") or "ppo"
+    return policy, _title(report.get("algorithm") or policy)
+
+
 def _title(name: str) -> str:
-    return {"base": "Base", "sft": "SFT", "ppo": "PPO"}.get(name, name)
+    return _TITLES.get(name, name)
 
 
 def _rate(result: Mapping[str, Any]) -> str:

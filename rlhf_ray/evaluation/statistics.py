@@ -72,6 +72,66 @@ def win_rate(
     return WinRate(wins, ties, losses, rate, (min(float(low), wilson[0]), max(float(high), wilson[1])), n)
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of n answers were right, right / n, its 95% Wilson interval."""
+
+    right: int
+    n: int
+    rate: float
+    ci95: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `WinRate.to_dict`."""
+        return asdict(self) | {"ci95": list(self.ci95)}
+
+
+def accuracy(right: ArrayLike) -> Accuracy:
+    """The share of right answers, `right` bool [n], one per prompt. Raises ValueError for an empty list."""
+    outcomes = _outcomes(right)
+    n, count = len(outcomes), int(outcomes.sum())
+    return Accuracy(count, n, count / n, _wilson(count / n, n))
+
+
+@dataclass(frozen=True)
+class AccuracyGain:
+    """Accuracy of a less that of b, on the same n prompts; gained: only a was right; lost: only b; its 95% interval."""
+
+    gained: int
+    lost: int
+    n: int
+    difference: float
+    ci95: Interval
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `WinRate.to_dict`."""
+        return asdict(self) | {"ci95": list(self.ci95)}
+
+
+def accuracy_gain(right_a: ArrayLike, right_b: ArrayLike, bootstrap_samples: int, seed: int) -> AccuracyGain:
+    """What a gained over b: (gained - lost) / n. right_a, right_b: bool [n], entry i of both for prompt i.
+
+    Paired: prompts that both get right, or neither, do not widen the interval. Each of its ends is the wider of two:
+
+    - the percentile bootstrap over prompts, as in `win_rate`;
+    - the hybrid score interval of R. G. Newcombe 1998, "Improved confidence intervals for the difference between
+      binomial proportions based on paired data", method 10, which stays honest where the bootstrap does not: when
+      hardly any prompt differs, or all differ one way.
+
+    Raises ValueError for empty or unequal lists.
+    """
+    a, b = _outcomes(right_a), _outcomes(right_b)
+    if len(a) != len(b):
+        raise ValueError(f"accuracy_gain needs two equally long lists, got {len(a)} and {len(b)}")
+    n, gained, lost = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    drawn = np.random.default_rng(seed).multinomial(
+        n, np.array([gained, n - gained - lost, lost]) / n, size=bootstrap_samples
+    )
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 2]) / n, _TAILS)
+    score = _newcombe(int((a & b).sum()), gained, lost, n)
+    return AccuracyGain(gained, lost, n, (gained - lost) / n, (min(float(low), score[0]), max(float(high), score[1])))
+
+
 def cluster_interval(
     correct_by_group: ArrayLike, total_by_group: ArrayLike, bootstrap_samples: int = 10_000, seed: int = 0
 ) -> Interval:
@@ -119,6 +179,30 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
         unique.update(grams)
         count += len(grams)
     return len(unique) / count if count else 0.0
+
+
+def _outcomes(right: ArrayLike) -> np.ndarray:
+    """bool [n], n > 0."""
+    outcomes = np.asarray(right)
+    if outcomes.ndim != 1 or len(outcomes) == 0 or outcomes.dtype != bool:
+        raise ValueError(f"expected true or false per prompt, got {outcomes.dtype} of shape {outcomes.shape}")
+    return outcomes
+
+
+def _newcombe(both: int, only_a: int, only_b: int, n: int) -> Interval:
+    """Interval of (only_a - only_b) / n from the Wilson intervals of both rates and phi, their correlation."""
+    neither = n - both - only_a - only_b
+    (p, low_p, high_p), (q, low_q, high_q) = (
+        (rate, *_wilson(rate, n)) for rate in ((both + only_a) / n, (both + only_b) / n)
+    )
+    product = both * neither - only_a * only_b
+    scale = sqrt((both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither))
+    phi = (max(product - n / 2, 0) if product > 0 else product) / scale if scale else 0.0
+
+    def half(x: float, y: float) -> float:
+        return sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    return p - q - half(p - low_p, high_q - q), p - q + half(high_p - p, q - low_q)
 
 
 def _wilson(rate: float, n: int) -> Interval:

@@ -83,6 +83,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_same_tokenizer(policy: str, other: str) -> None:
+    """Raise UserError unless two models read the same token ids alike: vocabulary, special tokens."""
+    a, b = load_tokenizer(policy), load_tokenizer(other)
+    x, y = a.get_vocab(), b.get_vocab()
+    different = sorted(t for t in x.keys() | y.keys() if x.get(t) != y.get(t))
+    if different or (a.eos_token_id, a.bos_token_id) != (b.eos_token_id, b.bos_token_id):
+        what = f"{len(different)} tokens differ, {different[0]!r} for one" if different else "bos or eos differ"
+        raise UserError(f"the tokenizers in {policy!r} and {other!r} are not the same ({what}), but the roles exchange "
+                        "token ids: train both models with one tokenizer, or give the rewards through a function or "
+                        "a service (reward.sources), which read text")
+
+
 def score_shift(path: str) -> float:
     """The reward bias stored with a reward model, 0.0 if none is."""
     return float(json.loads((Path(path) / "config.json").read_text()).get(SCORE_SHIFT, 0.0))

@@ -18,8 +18,10 @@ class LogprobHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, self.weight, targets, temperature)
+    def forward(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        return token_logprobs(hidden, self.weight, targets, temperature, entropy_grad)
 
 
 class ScalarHead(nn.Module):
@@ -41,14 +43,16 @@ class CausalLM(nn.Module):
         self.model: Any = model
         self.model.lm_head = LogprobHead(model.get_output_embeddings().weight)
 
-    def forward(self, ids: Tensor, positions: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, positions: Tensor, wanted: Tensor, temperature: float, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """ids, positions int64 [R, L]; wanted bool [R, L] -> (log-probabilities, entropies) float32 [wanted.sum()].
 
         The entry of a token is log p(token | those before it in its sequence), logits divided by `temperature`.
         The first token of a sequence has nothing before it: its entry is meaningless, do not want it.
         """
         logprobs, entropies = self.model.lm_head(
-            predictors(_hidden_states(self.model, ids, positions))[wanted], ids[wanted], temperature)
+            predictors(_hidden_states(self.model, ids, positions))[wanted], ids[wanted], temperature, entropy_grad)
         return logprobs, entropies
 
 

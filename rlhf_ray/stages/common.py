@@ -65,6 +65,10 @@ class Paths:
     def policy(self) -> Path:
         return self.stage("ppo") / "model"
 
+    @property
+    def dpo(self) -> Path:
+        return self.stage("dpo") / "model"
+
 
 class StageRecord:
     """The numbers that a stage leaves in `<output_dir>/<stage>/stage.json`."""
@@ -99,7 +103,8 @@ DEPENDS = {
     "sft": ["seed", "model", "data", "sft", "roles.supervised"],
     "compare": ["seed", "model", "data", "compare", "roles.generator"],
     "rm": ["seed", "model", "data", "rm", "roles.supervised"],
-    "ppo": ["seed", "model", "data", "rollout", "algorithm", "ppo", "roles", "weight_sync"],
+    "ppo": ["seed", "model", "data", "rollout", "reward", "algorithm", "ppo", "roles", "weight_sync"],
+    "dpo": ["seed", "model", "data", "dpo", "roles.supervised"],
     "eval": ["seed", "model", "data", "rollout", "eval", "roles"],
 }
 

@@ -1,69 +1,86 @@
-"""Stage `ppo`: the policy against the reward model (InstructGPT, step 3)."""
+"""Stage `ppo`: the policy against rewards (InstructGPT, step 3), by PPO or any algorithm of core/algorithms."""
 
 import math
 from dataclasses import asdict
 
 import ray
 
-from rlhf_ray.actors.learners import PolicyLearner
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.actors.policy import PolicyLearner
+from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
+from rlhf_ray.core.algorithms.registry import ALGORITHMS
+from rlhf_ray.core.types import PromptTexts
 from rlhf_ray.data.blocks import token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
+from rlhf_ray.data.templates import render_prompt
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import Recorder
-from rlhf_ray.models.hub import load_tokenizer
+from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
 from rlhf_ray.stages.common import Paths, stage
 from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import prompt_set
 from rlhf_ray.train.ppo import PPOTrainer
 from rlhf_ray.train.rollout import RolloutWorkers
+from rlhf_ray.train.watch import Watch
 
 
 def optimizer_steps(cfg: Config, iterations: int) -> int:
     """Optimizer steps of a learner over so many iterations."""
-    rollouts = cfg.rollout.prompts_per_step * cfg.rollout.samples_per_prompt
-    return iterations * cfg.algorithm.ppo_epochs * math.ceil(rollouts / cfg.algorithm.minibatch_size)
+    return iterations * cfg.algorithm.ppo_epochs * math.ceil(cfg.rollout.batch_size / cfg.algorithm.minibatch_size)
 
 
 def run(cfg: Config) -> None:
     with stage(cfg, "ppo") as record:
-        paths, task_data = Paths(cfg), load_task_data(cfg.data)
-        for maker in ("sft", "rm"):
-            paths.require(maker)
+        paths, task_data, p = Paths(cfg), load_task_data(cfg.data), cfg.ppo
+        paths.require("sft")
         sft, reward = str(paths.sft), str(paths.reward)
         tokenizer = load_tokenizer(sft)
-        _, prompts, dropped = encode_prompts(task_data.ppo_prompts(), cfg.data, tokenizer)
+        if roles.MODEL in cfg.reward.sources:
+            paths.require("rm")
+            check_same_tokenizer(sft, reward)
+        kept, prompts, dropped = encode_prompts(task_data.ppo_prompts(), cfg.data, tokenizer)
+        texts = PromptTexts(tuple(render_prompt(x, cfg.data.template, tokenizer) for x in kept),
+                            tuple(x.metadata for x in kept))
         backend, watched = roles.sync_backend(cfg), task_data.judge() is not None
-        layout = roles.layout_of(
-            cfg, ["policy", "critic", "generator", "reward", "reference"] + (["judge"] if watched else []))
+        has_critic = ALGORITHMS[cfg.algorithm.name].critic
+        sources = [roles.reward_role(cfg, i) for i in range(len(cfg.reward.sources))]
+        layout = roles.layout_of(cfg, ["policy", *(["critic"] if has_critic else []), "generator", *sources,
+                                       "reference", *(["judge"] if watched else [])])
         with session(cfg), Cast(layout, cfg.cluster) as cast:
             ptx = stream = None
-            if cfg.algorithm.ptx_coef:
+            if cfg.algorithm.ptx:
                 blocks = token_blocks(task_data.texts(), tokenizer, cfg.model.max_length)
                 ptx, stream = ray.put(block_dataset(blocks)), PromptStream(len(blocks), cfg.seed + 1)
-            p = cfg.ppo
             generators = roles.generators(cast, cfg, sft, ray.put(prompt_set(prompts)), backend)
-            policy = roles.policy_learners(
-                cast, cfg, sft, optimizer_steps(cfg, p.iterations - p.critic_warmup_iterations), ptx)
-            critic = roles.critic_learners(cast, cfg, reward, optimizer_steps(cfg, p.iterations))
+            warmup = p.critic_warmup_iterations if has_critic else 0
+            policy = roles.policy_learners(cast, cfg, sft, optimizer_steps(cfg, p.iterations - warmup), ptx)
+            critic: Group | None = None
+            if has_critic:
+                start = reward if roles.MODEL in cfg.reward.sources else sft
+                critic = roles.critic_learners(cast, cfg, start, optimizer_steps(cfg, p.iterations))
             workers = RolloutWorkers(
-                generators, roles.reward_models(cast, cfg, reward), roles.reference_models(cast, cfg, sft),
-                roles.judge(cast, sft, task_data.judge()) if watched else None,
+                generators, roles.reward_sources(cast, cfg, reward, sft, texts),
+                roles.reference_models(cast, cfg, sft), roles.judge(cast, sft, task_data.judge()) if watched else None,
                 cfg.rollout.temperature, cfg.rollout.max_response_tokens,
             )
-            with console.status("starting generator, reward, reference, policy and critic actors"):
+            with console.status("starting the actors of all roles"):
                 actors = cast.ready()
                 policy.call(PolicyLearner.connect, generators.actors, cfg.roles.generator.tensor_parallel_size, backend,
                             cast.meeting_point("policy"), cfg.weight_sync.bucket_mib, cfg.cluster.call_timeout_s)
-            (paths.stage("ppo") / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of this stage
-            log = cfg.logging
-            with Recorder(paths.stage("ppo"), log.wandb, log.wandb_project, asdict(cfg)) as recorder:
-                order = PromptStream(len(prompts), cfg.seed)
-                PPOTrainer(cfg, workers, policy, critic, order, stream, recorder).run()
-            policy.call(PolicyLearner.save, str(paths.policy))
+            directory, log = paths.stage("ppo"), cfg.logging
+            for old in ("metrics.jsonl", "alarms.jsonl", "PAUSED"):  # of an earlier run of this stage
+                (directory / old).unlink(missing_ok=True)
+
+            def save() -> None:
+                policy.call(PolicyLearner.save, str(paths.policy))
+
+            with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
+                watch = Watch(cfg.alarms, directory, save)
+                PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream, recorder,
+                           watch).run()
+            save()
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,
-                       actors=actors, data=task_data.fingerprint())
+                       algorithm=cfg.algorithm.name, actors=actors, data=task_data.fingerprint())

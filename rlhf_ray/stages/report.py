@@ -14,8 +14,14 @@ from rlhf_ray.versions import installed
 
 def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
     """The report as a dictionary. `total_seconds`: wall time of the pipeline; by default the sum of its stages."""
-    records = {name: r for name in STAGES if (r := stage_record(cfg, name))}
-    evaluated, compared, rm = records["eval"], records.get("compare", {}), records.get("rm", {})
+    policy = cfg.eval.policy
+    other = "dpo" if policy == "ppo" else "ppo"  # if it was trained here too, it is no part of this report
+    records = {name: r for name in STAGES if name != other and (r := stage_record(cfg, name))}
+    evaluated = records["eval"]
+    if evaluated["rm_score"] is None:  # no reward model of this run took part
+        records.pop("rm", None)
+    learnt = {name: {k: r[k] for k in ("val_accuracy", "ci95", "val_loss", "val_pairs", "val_prompts", "score_shift")
+                     if k in r} for name, r in records.items() if name in ("rm", "dpo")}
     actors = [{"role": a["role"], "class": a["actor_class"], "node": a["node"], "pid": a["pid"], "stage": name}
               for name, r in records.items() for a in r.get("actors", [])]
     return {
@@ -23,10 +29,14 @@ def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
         "stages": {name: {"seconds": r["seconds"], "peak_rss_gib": r["peak_rss_gib"]} for name, r in records.items()},
         "peak_rss_gib": max(r["peak_rss_gib"] for r in records.values()),
         "judge": evaluated["judge"],
-        "labeler": compared.get("labeler"),
-        "rm": {k: rm[k] for k in ("val_accuracy", "ci95", "val_pairs", "val_prompts", "score_shift") if k in rm},
+        "policy": policy,
+        "algorithm": cfg.algorithm.name if policy == "ppo" else policy,
+        "labeler": records.get("compare", {}).get("labeler"),
+        "rm": learnt.get("rm"),
         **{k: evaluated[k] for k in ("win_rate", "judge_score", "rm_score", "distinct_2", "held_out_loss",
                                      "mean_length", "kl_per_sequence")},
+        **({"accuracy": evaluated["accuracy"]} if "accuracy" in evaluated else {}),
+        **({"dpo": learnt["dpo"]} if policy == "dpo" else {}),
         "actors": actors,
         "data": load_task_data(cfg.data).counts(),
         "versions": installed(),
@@ -39,5 +49,5 @@ def publish(cfg: Config, total_seconds: float | None = None) -> None:
     """Write report.json and report.html into the run's directory."""
     paths = Paths(cfg)
     report, samples = build(cfg, total_seconds), (stage_record(cfg, "eval") or {}).get("samples", [])
-    write_report(report, read_history(paths.stage("ppo")), samples, paths.root)
-    validate_report(report, cfg.eval.baselines)
+    write_report(report, read_history(paths.stage(cfg.eval.policy)), samples, paths.root)
+    validate_report(report, cfg.eval.baselines, cfg.eval.policy)

@@ -5,7 +5,7 @@ import numpy as np
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import RankedDataset
-from rlhf_ray.data.formats import Comparison, Demonstration, Prompt, read_comparisons
+from rlhf_ray.data.formats import Comparison, Demonstration, read_comparisons
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import encode_prompt, encode_response
 from rlhf_ray.errors import UserError
@@ -13,7 +13,7 @@ from rlhf_ray.evaluation.statistics import cluster_interval
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import SCORE_SHIFT, load_tokenizer
 from rlhf_ray.stages.common import Paths, stage
-from rlhf_ray.train.supervised import SupervisedLearner, Task, deal, split_units, supervised
+from rlhf_ray.train.supervised import SupervisedLearner, Task, Trained, deal, split_units, supervised
 
 SHIFT_DEMONSTRATIONS = 512  # enough for a mean; their scores become 0 on average
 
@@ -21,7 +21,7 @@ SHIFT_DEMONSTRATIONS = 512  # enough for a mean; their scores become 0 on averag
 def encode(
     comparisons: list[Comparison], demonstrations: list[Demonstration], cfg: Config, tokenizer: object
 ) -> tuple[RankedDataset, list[Comparison]]:
-    """Ranked responses, then the demonstrations, each a group of its own.
+    """Ranked responses, then the demonstrations (if any are given), each a group of its own.
 
     Returns the data, and the comparisons in it: groups 0, 1, ... are theirs, in order. A comparison with a response
     that is too long is left out.
@@ -29,6 +29,7 @@ def encode(
     ids: list[list[int]] = []
     ranks: list[int] = []
     groups: list[int] = []
+    prompts: list[int] = []
     kept: list[Comparison] = []
     for c in comparisons:
         prompt = encode_prompt(c.prompt, cfg.data.template, tokenizer)
@@ -38,31 +39,38 @@ def encode(
         ids += responses
         ranks += c.ranks
         groups += [len(kept)] * len(responses)
+        prompts += [len(prompt)] * len(responses)
         kept.append(c)
     if len(kept) < 2:
         raise UserError(f"{len(kept)} of {len(comparisons)} comparisons fit model.max_length={cfg.model.max_length}: "
                         "raise it, or give more comparisons")
     extra = len(kept)
     for d in demonstrations:
-        whole = encode_prompt(d.prompt, cfg.data.template, tokenizer) + encode_response(d.response, tokenizer)
+        prompt = encode_prompt(d.prompt, cfg.data.template, tokenizer)
+        whole = prompt + encode_response(d.response, tokenizer)
         if len(whole) <= cfg.model.max_length:
             ids.append(whole)
             ranks.append(1)
             groups.append(extra)
+            prompts.append(len(prompt))
             extra += 1
-    if extra == len(kept):
+    if demonstrations and extra == len(kept):
         raise UserError(f"no demonstration fits model.max_length={cfg.model.max_length}, and the reward model's scores "
                         "are shifted by those of demonstrations: raise it")
     lengths = np.array([len(x) for x in ids], dtype=np.int32)
     data = RankedDataset(np.concatenate([np.array(x, dtype=np.int32) for x in ids]), lengths,
-                         np.array(ranks, dtype=np.int32), np.array(groups, dtype=np.int32))
+                         np.array(ranks, dtype=np.int32), np.array(groups, dtype=np.int32),
+                         np.array(prompts, dtype=np.int32))
     return data, kept
 
 
 def prompt_keys(comparisons: list[Comparison]) -> np.ndarray:
-    """A number for each comparison, the same for comparisons of one prompt (by several labelers, say): int64 [N]."""
-    numbers: dict[Prompt, int] = {}
-    return np.array([numbers.setdefault(c.prompt, len(numbers)) for c in comparisons])
+    """A number for each comparison, the same for comparisons of one prompt (by several labelers, say): int64 [N].
+
+    What a prompt says makes it one, whatever metadata it carries.
+    """
+    numbers: dict[tuple[object, ...], int] = {}
+    return np.array([numbers.setdefault((c.prompt.turns, c.prompt.input), len(numbers)) for c in comparisons])
 
 
 def pair_counts(data: RankedDataset, groups: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +83,32 @@ def pair_counts(data: RankedDataset, groups: np.ndarray, scores: np.ndarray) -> 
         correct.append(float((margin > 0).sum() + 0.5 * (margin == 0).sum()))
         total.append(int(better.sum()))
     return np.array(correct), np.array(total)
+
+
+def held_out_accuracy(
+    data: RankedDataset, val: np.ndarray, scores: np.ndarray, seed: int, key: str
+) -> tuple[float, tuple[float, float], int]:
+    """How the scores [N] order the pairs of the prompts in `val`: share right, its 95% interval over prompts, pairs.
+
+    Raises UserError, naming the key that holds more prompts out, if all responses tie.
+    """
+    correct, total = pair_counts(data, val, scores)
+    judged = np.flatnonzero(total)  # a prompt whose responses all tie says nothing
+    if not len(judged):
+        raise UserError("no pair of the validation prompts has a winner: all their ranks are ties; give more "
+                        f"comparisons or raise {key}")
+    return (float(correct.sum() / total.sum()), cluster_interval(correct[judged], total[judged], seed=seed),
+            int(total.sum()))
+
+
+def scores_of(trained: Trained, units: np.ndarray, task: Task) -> np.ndarray:
+    """What the trained model scores the responses to the given prompts: float32 [N], 0 for the others."""
+    assert isinstance(task.data, RankedDataset)
+    scores = np.zeros(len(task.data.lengths), dtype=np.float32)
+    for rows, values in trained.group.call_each(SupervisedLearner.scores,
+                                                deal(units, task.weights, len(trained.group))):
+        scores[rows] = values
+    return scores
 
 
 def run(cfg: Config) -> None:
@@ -97,23 +131,13 @@ def run(cfg: Config) -> None:
             epochs=cfg.rm.epochs, batch_size=cfg.rm.prompts_per_batch, optimizer=cfg.rm.optimizer,
         )
         with session(cfg), supervised(cfg, task, paths.stage("rm")) as trained:
-            scores = np.zeros(len(data.lengths), dtype=np.float32)
-            measured = np.concatenate([val, np.arange(count, data.groups[-1] + 1)])
-            for rows, values in trained.group.call_each(SupervisedLearner.scores,
-                                                        deal(measured, weights, len(trained.group))):
-                scores[rows] = values
+            scores = scores_of(trained, np.concatenate([val, np.arange(count, data.groups[-1] + 1)]), task)
             shift = float(scores[data.groups >= count].mean())
             trained.group.call(SupervisedLearner.save, str(paths.reward), cfg.model.dtype, {SCORE_SHIFT: shift})
-            correct, total = pair_counts(data, val, scores)
-            judged = np.flatnonzero(total)  # a prompt whose responses all tie says nothing
-            if not len(judged):
-                raise UserError("no pair of the validation prompts has a winner: all their ranks are ties; give more "
-                                "comparisons or raise rm.val_fraction")
-            accuracy = correct.sum() / total.sum()
-            interval = cluster_interval(correct[judged], total[judged], seed=cfg.seed)
+            accuracy, interval, pairs = held_out_accuracy(data, val, scores, cfg.seed, "rm.val_fraction")
             record.add(
                 val_accuracy=accuracy, ci95=list(interval), val_loss=trained.val["loss"], val_prompts=len(val),
-                val_pairs=int(total.sum()), comparisons=count, dropped=len(comparisons) - count, score_shift=shift,
+                val_pairs=pairs, comparisons=count, dropped=len(comparisons) - count, score_shift=shift,
                 actors=trained.actors, data=task_data.fingerprint(),
             )
             console.print(f"reward model orders {accuracy:.1%} [{interval[0]:.1%}, {interval[1]:.1%}] of held-out "

@@ -1,4 +1,4 @@
-"""The PPO loop. The driver handles references and numbers; tokens never pass through it."""
+"""The loop of PPO and its relatives. The driver handles references and numbers; tokens never pass through it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from typing import Any
 import numpy as np
 
 from rlhf_ray.actors.generator import Sample, sample_seed
-from rlhf_ray.actors.learners import CriticLearner, PolicyLearner, Window
+from rlhf_ray.actors.learners import CriticLearner, Window
+from rlhf_ray.actors.policy import PolicyLearner, Prepared
 from rlhf_ray.cluster.group import Group, wait
 from rlhf_ray.config.schema import Config
+from rlhf_ray.core.kl import adapted_kl_coef
+from rlhf_ray.core.masked import Moments
 from rlhf_ray.core.minibatches import plan_minibatches
+from rlhf_ray.core.rewards import Shaping
 from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.recorder import Recorder
+from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
+from rlhf_ray.train.watch import Watch
 
 
 @dataclass
@@ -34,73 +41,100 @@ class Clock:
 
 
 class PPOTrainer:
-    """InstructGPT's step 3 (Ouyang et al. 2022, section 3.5): PPO on the reward model's score with a per-token KL
-    penalty towards the SFT model, mixed with the pre-training loss."""
+    """InstructGPT's step 3 (Ouyang et al. 2022, section 3.5), with any algorithm of core/algorithms.
 
-    def __init__(self, cfg: Config, workers: RolloutWorkers, policy: Group, critic: Group, prompts: PromptStream,
-                 ptx: PromptStream | None, recorder: Recorder):
+    They differ in how scores become advantages and in whether there is a critic; this loop is the same for all.
+    """
+
+    def __init__(self, cfg: Config, workers: RolloutWorkers, policy: Group, critic: Group | None,
+                 prompts: PromptStream, ptx: PromptStream | None, recorder: Recorder, watch: Watch):
         self.cfg, self.workers, self.policy, self.critic = cfg, workers, policy, critic
-        self.prompts, self.ptx, self.recorder = prompts, ptx, recorder
-        self.version = 0
+        self.prompts, self.ptx, self.recorder, self.watch = prompts, ptx, recorder, watch
+        self.version, self.kl_coef, self.seen_scores = 0, cfg.algorithm.kl_coef, Moments()
 
     def run(self) -> None:
         self.push_weights(version=1)  # engines start from a file; from here on they hold what the learners hold
+        check_first_sync(self.workers, self.policy, self.prompts.count, self.version, self.cfg.seed,
+                         self.cfg.weight_sync.max_mismatch)
         for step in range(1, self.cfg.ppo.iterations + 1):
-            self.run_step(step)
+            self.watch(step, self.run_step(step))
 
-    def run_step(self, step: int) -> None:
+    def run_step(self, step: int) -> dict[str, Any]:
         clock, started = Clock(), time.monotonic()
         with clock("rollout"):
             rollouts = self.workers.run(self.samples(step), self.version)
         with clock("score"):
             entropy, mismatch = self.score(rollouts)
         with clock("advantages"):
-            batches, numbers = self.prepare(rollouts)
+            batch = self.prepare(rollouts)
         with clock("update"):
-            report = self.update(step, rollouts, batches)
+            report = self.update(step, rollouts, batch)
         with clock("weight_sync"):
             self.push_weights(self.version + 1)
         judged = wait(rollouts.judged, self.policy.timeout_s, "judge")
         seconds = time.monotonic() - started
         clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
-        self.recorder.log(step, {
-            **numbers, **report, "entropy": entropy, "mismatch": mismatch, "weight_version": self.version,
-            "truncated": sum(i.truncated for i in rollouts.infos) / len(rollouts.lengths),
-            "empty": sum(i.empty for i in rollouts.infos),
+        values = {
+            **batch.numbers, **report, "entropy": entropy, "mismatch": mismatch, "kl_coef": self.kl_coef,
+            "weight_version": self.version, "empty": sum(i.empty for i in rollouts.infos),
+            "repeated_ngrams": sum(i.repeated for i in rollouts.infos) / max(1, sum(i.ngrams for i in rollouts.infos)),
+            **self.workers.reward_costs(),
             **({"judge_score": sum(s for s, _ in judged) / sum(n for _, n in judged)} if judged else {}),
             "tokens_per_second": rollouts.response_tokens / seconds, "seconds": clock.seconds,
-        })
+        }
+        self.recorder.log(step, values)
+        self.adapt(batch, len(rollouts.lengths))
+        return values
 
     # -- the phases ------------------------------------------------------------------------------------------------
 
     def samples(self, step: int) -> list[Sample]:
         """What to sample in this step: `samples_per_prompt` rollouts of each of the next prompts."""
         r, seed = self.cfg.rollout, self.cfg.seed
-        prompts = np.repeat(self.prompts.take(r.prompts_per_step), r.samples_per_prompt)
+        prompts = np.repeat(self.prompts.take(r.batch_size // r.samples_per_prompt), r.samples_per_prompt)
         return [Sample(i, int(p), sample_seed(seed, step, i)) for i, p in enumerate(prompts)]
 
     def score(self, rollouts: Rollouts) -> tuple[float, float]:
-        """Old log-probabilities and values, while reward and reference finish. Returns mean entropy and mismatch."""
+        """Old log-probabilities and values, while reward and reference finish. Returns mean entropy and mismatch.
+
+        Everything that a reward source can raise is raised here, before anything has been updated.
+        """
         shards = [s.rollout for s in rollouts.shards]
+        if not shards:
+            raise UserError("every response of this iteration is empty: the policy ends before it begins; look at "
+                            "data.template and at what sft was trained on")
         policy = self.policy.start_each(PolicyLearner.score, [(s,) for s in _share(shards, len(self.policy))])
-        critic = self.critic.start_each(CriticLearner.values, [(s,) for s in _share(shards, len(self.critic))])
-        results = wait(policy + critic, self.policy.timeout_s, "scoring")
-        old = _unshare([refs for refs, _ in results[: len(self.policy)]])
-        values = _unshare(results[len(self.policy) :])
+        critic = self.critic.start_each(CriticLearner.values, [(s,) for s in _share(shards, len(self.critic))]) \
+            if self.critic else []
+        scores = [ref for s in rollouts.shards for ref in s.scores]
+        results = wait(policy + critic + scores, self.policy.timeout_s, "scoring")
+        old = _unshare([refs for refs, _ in results[: len(policy)]])
+        values = _unshare(results[len(policy) : len(policy) + len(critic)]) if self.critic else [None] * len(shards)
         rollouts.shards = [replace(s, old_logprobs=o, values=v)
                            for s, o, v in zip(rollouts.shards, old, values, strict=True)]
         tokens, entropy, gap = results[0][1]
         return entropy / tokens, gap / tokens
 
-    def prepare(self, rollouts: Rollouts) -> tuple[list[Any], dict[str, float]]:
+    def prepare(self, rollouts: Rollouts) -> Prepared:
         """Rewards, advantages, returns: references to train batches, and the batch's numbers."""
+        r = self.cfg.reward
+        shaping = Shaping(r.truncated, r.truncation_penalty, r.overlong_tokens, r.overlong_penalty, r.normalize, r.clip,
+                          self.cfg.rollout.max_response_tokens)
+        weights = r.weights or [1.0] * len(r.sources)
         shares = _share(rollouts.shards, len(self.policy))
-        results = self.policy.call_each(PolicyLearner.prepare, [(s, self.cfg.algorithm.kl_coef) for s in shares])
-        return _unshare([refs for refs, _ in results]), results[0][1]
+        results = self.policy.call_each(
+            PolicyLearner.prepare, [(s, weights, shaping, self.kl_coef, self.seen_scores) for s in shares])
+        if not results[0].seen.count:
+            raise UserError("every response of this iteration was cut at rollout.max_response_tokens="
+                            f"{self.cfg.rollout.max_response_tokens}, and reward.truncated=drop leaves nothing to "
+                            "learn from: raise the first, or set reward.truncated=penalty")
+        return Prepared(_unshare([x.policy for x in results]),
+                        _unshare([x.critic for x in results]) if self.critic else [], results[0].numbers,
+                        results[0].seen)
 
-    def update(self, step: int, rollouts: Rollouts, batches: list[Any]) -> dict[str, float]:
+    def update(self, step: int, rollouts: Rollouts, batch: Prepared) -> dict[str, float]:
         """Policy and critic side by side, on the same minibatches."""
-        a, order = self.cfg.algorithm, rollouts.canonical_order
+        a, order, critic, policy = self.cfg.algorithm, rollouts.canonical_order, [], []
 
         def windows(ranks: int) -> list[list[Window]]:
             rng = np.random.default_rng((self.cfg.seed, step))
@@ -108,22 +142,34 @@ class PPOTrainer:
             return [[Window(order[parts[rank]], np.zeros(0, dtype=np.int64)) for parts in plan]
                     for rank in range(ranks)]
 
-        refs = self.critic.start_each(CriticLearner.update, [(batches, w) for w in windows(len(self.critic))])
-        if step > self.cfg.ppo.critic_warmup_iterations:
+        if self.critic:
+            critic = self.critic.start_each(
+                CriticLearner.update, [(batch.critic, w) for w in windows(len(self.critic))])
+        if not self.critic or step > self.cfg.ppo.critic_warmup_iterations:
             mine = windows(len(self.policy))
             if self.ptx:  # every optimizer step mixes in text blocks of its own
                 for k in range(len(mine[0])):
                     blocks = self.ptx.take(a.ptx_blocks)
                     for rank, rank_windows in enumerate(mine):
                         rank_windows[k] = replace(rank_windows[k], ptx=blocks[rank :: len(mine)])
-            refs += self.policy.start_each(PolicyLearner.update, [(batches, w) for w in mine])
-        reports = wait(refs, self.policy.timeout_s, "update")
-        return reports[0] | (reports[-1] if len(reports) > len(self.critic) else {})
+            policy = self.policy.start_each(PolicyLearner.update, [(batch.policy, w, self.kl_coef) for w in mine])
+        wait(critic + policy, self.policy.timeout_s, "update")
+        reports: list[dict[str, float]] = [wait(refs[:1], self.policy.timeout_s, "update")[0]
+                                           for refs in (critic, policy) if refs]
+        return {key: value for report in reports for key, value in report.items()}
 
     def push_weights(self, version: int) -> None:
         """Every generator holds the policy's weights, stamped `version`, or this raises."""
         self.policy.call(PolicyLearner.push, version)
         self.version = version
+
+    def adapt(self, batch: Prepared, responses: int) -> None:
+        """What one iteration teaches the next, once per iteration: the KL coefficient, the statistics of scores."""
+        a = self.cfg.algorithm
+        self.seen_scores += batch.seen
+        if a.kl_target is not None:
+            self.kl_coef = adapted_kl_coef(self.kl_coef, batch.numbers["kl_per_sequence"], a.kl_target, responses,
+                                           a.kl_horizon)
 
 
 def _share(items: list[Any], ranks: int) -> list[list[Any]]:
@@ -137,5 +183,3 @@ def _unshare(parts: list[list[Any]]) -> list[Any]:
     for rank, part in enumerate(parts):
         out[rank :: len(parts)] = part
     return out
-
-

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from rlhf_ray.actors.generator import Generator
-from rlhf_ray.actors.learners import CriticLearner, PolicyLearner
+from rlhf_ray.actors.learners import CriticLearner
+from rlhf_ray.actors.policy import PolicyLearner, Sampling
+from rlhf_ray.actors.rewards import RewardFunction, RewardService
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import JUDGE_CPUS
+from rlhf_ray.config.reward_sources import SERVICE
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.layout import Layout, RoleRequest, check_sync_backend, default_sync_backend, plan_layout
+from rlhf_ray.core.types import PromptTexts
 from rlhf_ray.engines.learner import Rank
 from rlhf_ray.errors import UserError
+
+MODEL = "model"  # the entry of reward.sources that is the reward model
 
 
 def layout_of(cfg: Config, roles: Sequence[str]) -> Layout:
@@ -26,6 +33,7 @@ def layout_of(cfg: Config, roles: Sequence[str]) -> Layout:
         "critic": RoleRequest(r.critic.ranks, r.critic.cpus, r.critic.gpus),
         "generator": RoleRequest(r.generator.replicas, r.generator.cpus,
                                  r.generator.gpus * r.generator.tensor_parallel_size),
+        **{reward_role(cfg, i): RoleRequest(r.reward.replicas, r.reward.cpus) for i in range(len(cfg.reward.sources))},
         "reward": RoleRequest(r.reward.replicas, r.reward.cpus, r.reward.gpus),
         "reference": RoleRequest(r.reference.replicas, r.reference.cpus, r.reference.gpus),
         "judge": RoleRequest(1, JUDGE_CPUS),
@@ -76,12 +84,32 @@ def judge(cast: Cast, tokenizer_path: str, classifier: Any) -> Group:
     return cast.start(Judge, "judge", [(tokenizer_path, ray.put(classifier))], 1)
 
 
+def reward_role(cfg: Config, i: int) -> str:
+    """The name of the role of the i-th entry of reward.sources: `reward` for the model, else reward_1, reward_2, ..."""
+    return "reward" if cfg.reward.sources[i] == MODEL else f"reward_{i + 1}"
+
+
+def reward_sources(cast: Cast, cfg: Config, model_path: str, tokenizer_path: str, prompts: PromptTexts) -> list[Group]:
+    """One group of actors for each entry of reward.sources."""
+    r, texts, groups = cfg.roles.reward, ray.put(prompts), []
+    for i, source in enumerate(cfg.reward.sources):
+        role, args = reward_role(cfg, i), (source, tokenizer_path, texts, cfg.reward)
+        if source == MODEL:
+            groups.append(cast.start(RewardModel, role, [(model_path, cfg.model, r)] * r.replicas, r.threads))
+        elif source.startswith(SERVICE):
+            groups.append(cast.start(RewardService, role, [args] * r.replicas, 1))
+        else:
+            groups.append(cast.start(RewardFunction, role, [(*args, str(Path.cwd()))] * r.replicas, 1))
+    return groups
+
+
 def policy_learners(cast: Cast, cfg: Config, path: str, steps: int, ptx: Any) -> Group:
-    p, timeout = cfg.roles.policy, cfg.cluster.call_timeout_s
+    p, r, timeout = cfg.roles.policy, cfg.rollout, cfg.cluster.call_timeout_s
+    sampling = Sampling(r.temperature, r.samples_per_prompt, r.max_response_tokens)
     return cast.start(
         PolicyLearner, "policy",
-        [(rank, path, cfg.model, p, cfg.ppo.policy_optimizer, cfg.algorithm, cfg.rollout.temperature, steps, ptx,
-          cfg.seed, timeout) for rank in learner_ranks(cast, "policy", p.ranks)],
+        [(rank, path, cfg.model, p, cfg.ppo.policy_optimizer, cfg.algorithm, sampling, steps, ptx, cfg.seed, timeout)
+         for rank in learner_ranks(cast, "policy", p.ranks)],
         p.threads,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,10 +44,11 @@ class Rollouts:
 class RolloutWorkers:
     """The generators and the frozen scorers, working side by side."""
 
-    def __init__(self, generators: Group, reward: Group, reference: Group, judge: Group | None, temperature: float,
-                 max_tokens: int):
+    def __init__(self, generators: Group, rewards: Sequence[Group], reference: Group, judge: Group | None,
+                 temperature: float, max_tokens: int):
         self.generators, self.temperature, self.max_tokens = generators, temperature, max_tokens
-        self._reward, self._reference = itertools.cycle(reward.actors), itertools.cycle(reference.actors)
+        self.rewards, self._next_reward = rewards, [itertools.cycle(group.actors) for group in rewards]
+        self._reference = itertools.cycle(reference.actors)
         self._judge = itertools.cycle(judge.actors) if judge else None
 
     def run(self, samples: list[Sample], version: int) -> Rollouts:
@@ -57,20 +58,34 @@ class RolloutWorkers:
         """
         n = len(self.generators)
         shares = [samples[i::n] for i in range(n)]
-        result = Rollouts()
-        for shard, info in self._shards(shares, version):
-            result.infos.append(info)
-            result.shards.append(ScoredShard(
+        found = []
+        for generator, shard, info in self._shards(shares, version):
+            scored = ScoredShard(
                 rollout=shard,
-                scores=_call(next(self._reward), RewardModel.scores, shard),
+                scores=tuple(_call(next(group), RewardModel.scores, shard) for group in self._next_reward),
                 ref_logprobs=_call(next(self._reference), ReferenceModel.logprobs, shard, self.temperature),
-            ))
-            if self._judge:
-                result.judged.append(_call(next(self._judge), Judge.mean_score, shard))
-        return result
+            )
+            judged = _call(next(self._judge), Judge.mean_score, shard) if self._judge else None
+            found.append((generator, scored, info, judged))
+        # Each generator's own order is reproducible; who of them was first is not, and must not change any sum.
+        found.sort(key=lambda x: x[0])
+        return Rollouts([x[1] for x in found], [x[2] for x in found], [x[3] for x in found if x[3] is not None])
 
-    def _shards(self, shares: list[list[Sample]], version: int) -> Iterator[tuple[Any, RolloutInfo]]:
-        """Shard references and their numbers, from whichever generator has one ready."""
+    def reward_costs(self) -> dict[str, Any]:
+        """Since the last call: seconds that each reward source worked, and how many calls had to be tried again."""
+        costs = {group.role: group.call(RewardModel.stats) for group in self.rewards}
+        return {"reward_seconds": {role: sum(c["seconds"] for c in each) for role, each in costs.items()},
+                "reward_retries": sum(c["retries"] for each in costs.values() for c in each)}
+
+    def probe(self, samples: list[Sample], version: int) -> list[list[Any]]:
+        """References to the shards of each generator, every one of which answers all samples. Nothing is scored."""
+        shards: list[list[Any]] = [[] for _ in self.generators.actors]
+        for generator, shard, _ in self._shards([samples] * len(self.generators), version):
+            shards[generator].append(shard)
+        return shards
+
+    def _shards(self, shares: list[list[Sample]], version: int) -> Iterator[tuple[int, Any, RolloutInfo]]:
+        """(generator, shard reference, its numbers), from whichever generator has one ready."""
         streams: dict[Any, int] = {
             actor.rollout.options(num_returns="streaming").remote(share, version, self.temperature, self.max_tokens): i
             for i, (actor, share) in enumerate(zip(self.generators.actors, shares, strict=True)) if share
@@ -91,7 +106,7 @@ class RolloutWorkers:
                 except StopIteration:  # the generator failed: the one reference left holds its error
                     ray.get(shard)
                     raise
-                yield shard, info
+                yield streams[stream], shard, info
                 deadline = time.monotonic() + self.generators.timeout_s
 
 

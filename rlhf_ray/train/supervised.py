@@ -1,4 +1,4 @@
-"""The loop of the supervised stages: pretrain, sft and rm differ only in data and objective."""
+"""The loop of the supervised stages: pretrain, sft, rm and dpo differ only in data and objective."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ray
 
 from rlhf_ray.actors.supervised import SupervisedLearner
 from rlhf_ray.cluster.group import ActorInfo, Cast, Group
-from rlhf_ray.config.schema import Config, OptimizerConfig
+from rlhf_ray.config.schema import Config, DPOConfig, OptimizerConfig
 from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.errors import UserError
@@ -43,6 +43,7 @@ class Task:
     optimizer: OptimizerConfig
     dropout: float = 0.0
     autocast: bool = False
+    dpo: DPOConfig | None = None  # with objective "dpo"
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Trained:
 
     group: Group
     actors: list[ActorInfo]
+    last: dict[str, float]  # what the last optimizer step reported
     val: dict[str, float]
 
 
@@ -102,12 +104,15 @@ def supervised(cfg: Config, task: Task, out_dir: Path) -> Iterator[Trained]:
         group = cast.start(
             SupervisedLearner, "supervised",
             [(rank, task.objective, task.path, data, cfg.model, role, task.optimizer, steps, cfg.seed, task.dropout,
-              task.autocast, cfg.cluster.call_timeout_s)
+              task.autocast, cfg.cluster.call_timeout_s, task.dpo)
              for rank in learner_ranks(cast, "supervised", role.ranks)],
             role.threads,
         )
         actors = cast.ready()
         started = time.monotonic()
+        if task.dpo is not None:
+            everything = np.concatenate([task.train, task.val])
+            group.call_each(SupervisedLearner.remember_reference, deal(everything, task.weights, len(group)))
         with progress_bar(task.name, steps) as bar, (out_dir / "metrics.jsonl").open("w") as log:
             for step, units in enumerate(batches(task.train, task.batch_size, steps, cfg.seed), start=1):
                 result = group.call_each(SupervisedLearner.train, deal(units, task.weights, len(group)))[0]
@@ -115,8 +120,11 @@ def supervised(cfg: Config, task: Task, out_dir: Path) -> Iterator[Trained]:
                 if result["pairs"]:
                     result["accuracy"] = result["correct"] / result["pairs"]
                     shown += f"  pairs {result['accuracy']:.2f}"
+                    if "margin_sum" in result:
+                        result["margin"] = result["margin_sum"] / result["pairs"]
+                        shown += f"  margin {result['margin']:.2f}"
                 log.write(json.dumps({"step": step, **result, "seconds": time.monotonic() - started}) + "\n")
                 log.flush()
                 bar(shown)
         val = group.call_each(SupervisedLearner.evaluate, deal(task.val, task.weights, len(group)))[0]
-        yield Trained(group, actors, val)
+        yield Trained(group, actors, result, val)

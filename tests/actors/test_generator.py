@@ -1,6 +1,14 @@
 """Every rollout samples from a random stream of its own."""
 
-from rlhf_ray.actors.generator import sample_seed
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from rlhf_ray.actors.generator import Generator, Sample, sample_seed
+from rlhf_ray.core.ragged import offsets
+from rlhf_ray.core.types import PromptSet
+from rlhf_ray.engines.generation import Response
 
 
 def test_no_two_samples_share_a_seed() -> None:
@@ -14,3 +22,38 @@ def test_a_seed_is_a_matter_of_run_step_and_position() -> None:
     assert sample_seed(3, 5, 7) == sample_seed(3, 5, 7)
     assert isinstance(sample_seed(3, 5, 7), int)
     assert len({sample_seed(*at) for at in ((3, 5, 7), (5, 3, 7), (3, 7, 5), (4, 5, 7), (7, 5, 3))}) == 5
+
+
+# -- from responses to a shard --------------------------------------------------------------------------------------
+
+
+def shard(*responses: tuple[int, list[int], bool]) -> list[Any]:
+    """What a generator makes of (index, response ids, truncated), for prompts [9 9] and [8], positions 10, 11, ..."""
+    generator = Generator()
+    generator.prompts = PromptSet(np.array([9, 9, 8], dtype=np.int32), np.array([2, 1], dtype=np.int32))
+    generator.starts = offsets(generator.prompts.lengths)
+    generator.engine = SimpleNamespace(version=4)  # type: ignore[assignment]
+    samples = [Sample(position=10 + i, prompt_index=i % 2, seed=100 + i) for i in range(4)]
+    finished = [Response(i, np.array(ids, dtype=np.int32), np.full(len(ids), -0.5, np.float32), cut)
+                for i, ids, cut in responses]
+    return list(generator._shard(samples, finished, 2.0))
+
+
+def test_a_shard_by_hand() -> None:
+    """Whatever finished first, rollouts stand in the order of their positions; repeated 3-grams are counted."""
+    batch, info = shard((1, [5, 5, 5, 5], True), (0, [7, 1], False))
+    assert batch.ids.tolist() == [9, 9, 7, 1, 8, 5, 5, 5, 5]
+    assert (batch.lengths.tolist(), batch.prompt_lengths.tolist()) == ([4, 5], [2, 1])
+    assert batch.in_response.tolist() == [False] * 2 + [True] * 2 + [False] + [True] * 4
+    assert batch.sampled_logprobs.tolist() == [0, 0, -0.5, -0.5, 0, -0.5, -0.5, -0.5, -0.5]
+    assert (batch.truncated.tolist(), batch.positions.tolist()) == ([False, True], [10, 11])
+    assert batch.seeds.tolist() == [100, 101]
+    assert (info.response_tokens, info.truncated, info.empty, info.repeated, info.ngrams) == (6, 1, 0, 1, 2)
+    assert batch.version == 4
+
+
+def test_empty_responses_are_dropped_and_counted() -> None:
+    batch, info = shard((0, [], False), (2, [7], False))
+    assert batch.positions.tolist() == [12]
+    assert info.empty == 1
+    assert shard((0, [], False), (3, [], False)) == []  # nothing is left to train on

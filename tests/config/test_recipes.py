@@ -23,9 +23,9 @@ PUBLISHED = {
     "sft.optimizer.schedule": "cosine", "sft.optimizer.min_lr_ratio": 0.1, "sft.optimizer.warmup_ratio": 0.0,
     "rm.epochs": 1, "rm.prompts_per_batch": 64, "rm.optimizer.lr": 9e-6, "rm.optimizer.schedule": "cosine",
     "rm.optimizer.min_lr_ratio": 0.1,
-    "rollout.prompts_per_step": 512, "rollout.samples_per_prompt": 1, "rollout.temperature": 1.0,
+    "rollout.batch_size": 512, "rollout.samples_per_prompt": 1, "rollout.temperature": 1.0,
     "algorithm.minibatch_size": 64, "algorithm.ppo_epochs": 1, "algorithm.clip_ratio": 0.2, "algorithm.kl_coef": 0.02,
-    "algorithm.gamma": 1.0, "algorithm.ptx_coef": 27.8, "algorithm.ema_decay": 0.992,
+    "algorithm.gamma": 1.0, "algorithm.ptx": True, "algorithm.ptx_coef": 27.8, "algorithm.ema_decay": 0.992,
     "ppo.policy_optimizer.schedule": "constant", "ppo.critic_optimizer.schedule": "constant",
     "ppo.critic_optimizer.lr": 9e-6,
     **{f"{section}.{beta}": value for section in ("sft.optimizer", "rm.optimizer", "ppo.policy_optimizer",
@@ -83,7 +83,7 @@ def test_instructgpt_is_as_published(key: str) -> None:
 
 def test_instructgpt_derived_values() -> None:
     cfg = compose(["experiment=instructgpt"])
-    assert cfg.ppo.iterations * cfg.rollout.prompts_per_step == 256_000  # episodes
+    assert cfg.ppo.iterations * cfg.rollout.batch_size == 256_000  # episodes
     assert cfg.algorithm.ptx_blocks == 8 * cfg.algorithm.minibatch_size  # 8 pre-training examples per episode
     assert cfg.ppo.policy_optimizer.warmup_ratio * cfg.ppo.iterations == 10
 

@@ -1,8 +1,10 @@
 import math
 
+import pytest
 import torch
 
-from rlhf_ray.core.kl import k1, k2, k3, safe_exp
+from rlhf_ray.config import checks
+from rlhf_ray.core.kl import SOUND, adapted_kl_coef, k1, k2, k3, safe_exp
 
 POLICY = torch.tensor([0.5, 0.25, 0.25])
 REFERENCE = torch.tensor([0.25, 0.25, 0.5])
@@ -57,3 +59,54 @@ def test_safe_exp_does_not_hide_nan():
 def test_k3_stays_finite_and_reports_it():
     estimate, clamped = k3(torch.tensor([-500.0, -1.0]), torch.tensor([0.0, -1.0]))
     assert estimate.isfinite().all() and clamped.item() == 1
+
+
+def reward_gradient(estimator) -> torch.Tensor:
+    """Sum over x of policy(x) * estimate(x) * d log policy(x) / d logits: REINFORCE with the estimate as its cost."""
+    logits = POLICY.log().requires_grad_()
+    logprobs = torch.log_softmax(logits, 0)
+    cost = estimator(logprobs, REFERENCE.log()).detach()
+    return torch.autograd.grad((POLICY * cost * logprobs).sum(), logits)[0]
+
+
+def test_only_k1_is_sound_in_the_reward_and_only_k2_and_k3_in_the_loss():
+    """k1 as a cost gives the gradient of KL(policy || ref), p_i (log p_i/q_i - KL); k2 and k3 give others.
+
+    In a loss k1 has no gradient at all, as a test above says.
+    """
+    assert SOUND == {"reward": ("k1",), "loss": ("k2", "k3")}
+    right = POLICY * ((POLICY / REFERENCE).log() - KL)
+    torch.testing.assert_close(reward_gradient(k1), right)
+    for unsound in (k2, lambda p, q: k3(p, q)[0]):
+        assert (reward_gradient(unsound) - right).abs().max() > 0.05
+
+
+def test_the_configuration_refuses_by_the_same_table():
+    assert checks.SOUND == SOUND
+
+
+@pytest.mark.parametrize(
+    ("kl", "samples", "expected"),
+    [
+        (11.0, 500, 0.1005),  # error 0.1, 500 of 10,000 samples: 0.1 * (1 + 0.1 * 0.05)
+        (12.0, 500, 0.101),  # error 0.2
+        (300.0, 500, 0.101),  # clipped to 0.2
+        (9.5, 1000, 0.0995),  # error -0.05
+        (0.0, 500, 0.099),  # clipped to -0.2
+        (-3.0, 500, 0.099),  # k1 of few samples may be negative
+        (10.0, 500, 0.1),
+        (300.0, 10_000, 0.12),
+        (300.0, 70_000, 0.12),  # no more than one horizon at once
+        (0.0, 70_000, 0.08),  # and so never negative
+    ],
+)
+def test_adaptive_coefficient_by_hand(kl, samples, expected):
+    """Coefficient 0.1, target 10 nats, horizon 10,000 responses."""
+    assert adapted_kl_coef(0.1, kl, 10.0, samples, 10_000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_adaptive_coefficient_counts_samples_not_calls():
+    """Two iterations of 50 responses move it (nearly) as one of 100: 1.01^2 = 1.0201 and 1.02."""
+    twice = adapted_kl_coef(adapted_kl_coef(1.0, 99.0, 1.0, 50, 1000), 99.0, 1.0, 50, 1000)
+    assert twice == pytest.approx(1.0201)
+    assert adapted_kl_coef(1.0, 99.0, 1.0, 100, 1000) == pytest.approx(1.02)

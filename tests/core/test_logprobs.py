@@ -36,22 +36,54 @@ def test_chunks_change_nothing(chunk_size):
     expected = whole.gather(1, targets[:, None]).squeeze(1)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), (hidden, weight))
 
-    logprobs, entropy = token_logprobs(hidden, weight, targets, 0.7, chunk_size)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, 0.7, chunk_size=chunk_size)
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, -(whole.exp() * whole).sum(-1).detach())
     assert not entropy.requires_grad
     grads = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight))
     torch.testing.assert_close(grads, expected_grads)
     with torch.no_grad():
-        torch.testing.assert_close(token_logprobs(hidden, weight, targets, 0.7, chunk_size)[0], expected)
+        torch.testing.assert_close(token_logprobs(hidden, weight, targets, 0.7, chunk_size=chunk_size)[0], expected)
 
 
-def test_no_logits_outlive_their_chunk():
+@pytest.mark.parametrize("chunk_size", [1, 4, 1024])
+def test_entropies_have_gradients_if_asked_for(chunk_size):
+    """Those of -sum of p log p over the whole matrix, alone and mixed with the log-probabilities' own."""
+    hidden, weight, targets, upstream = inputs()
+    whole = torch.log_softmax(hidden @ weight.T / 0.7, dim=-1)
+    expected = -(whole.exp() * whole).sum(-1)
+    logprobs, entropy = token_logprobs(hidden, weight, targets, 0.7, entropy_grad=True, chunk_size=chunk_size)
+    torch.testing.assert_close(entropy, expected)
+    for ours, theirs in ((entropy, expected), (entropy + logprobs, expected + whole.gather(1, targets[:, None])[:, 0])):
+        grads = torch.autograd.grad((ours * upstream).sum(), (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(grads, torch.autograd.grad((theirs * upstream).sum(), (hidden, weight),
+                                                              retain_graph=True))
+
+
+def test_gradient_of_the_entropy_by_hand():
+    """H = 1, state 1, so weight = logits z: probabilities (1/8, 2/8, 5/8), and dH/dz_i = -p_i * (log p_i + H).
+
+    A certain choice has gradient 0, also where the other logit is -inf.
+    """
+    p = torch.tensor([1 / 8, 2 / 8, 5 / 8])
+    logits = p.log()[:, None].requires_grad_()
+    _, entropy = token_logprobs(torch.ones(1, 1), logits, torch.tensor([0]), 1.0, entropy_grad=True)
+    entropy.sum().backward()
+    h = -(p * p.log()).sum()
+    torch.testing.assert_close(logits.grad[:, 0], -p * (p.log() + h))
+    certain = torch.tensor([[0.0], [-math.inf]], requires_grad=True)
+    _, entropy = token_logprobs(torch.ones(1, 1), certain, torch.tensor([0]), 1.0, entropy_grad=True)
+    entropy.sum().backward()
+    torch.testing.assert_close(certain.grad, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_no_logits_outlive_their_chunk(entropy_grad):
     """What autograd keeps until the backward pass must not grow with the vocabulary."""
     hidden, weight, targets, _ = inputs(vocabulary=1000)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        token_logprobs(hidden, weight, targets, 1.0, chunk_size=4)
+        token_logprobs(hidden, weight, targets, 1.0, entropy_grad, chunk_size=4)
     own = {hidden.numel(), weight.numel()}
     assert max((n for n in saved if n not in own), default=0) < 1000
 
@@ -93,7 +125,7 @@ def test_no_tokens_still_give_a_backward_pass():
 def test_bad_arguments(temperature, chunk_size):
     hidden, weight, targets, _ = inputs()
     with pytest.raises(ValueError, match="must be positive"):
-        token_logprobs(hidden, weight, targets, temperature, chunk_size)
+        token_logprobs(hidden, weight, targets, temperature, chunk_size=chunk_size)
 
 
 def test_predictors_shift_along_the_row():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rlhf_ray.core.ragged import offsets, one_token_rows, pack, pad, plan_rows, take, unpad
-from rlhf_ray.core.types import RolloutBatch
+from rlhf_ray.core.types import RankedDataset, RolloutBatch
 
 FLAT = np.array([10, 11, 12, 20, 30, 31], dtype=np.int32)  # three sequences end to end
 LENGTHS = np.array([3, 1, 2], dtype=np.int32)
@@ -182,8 +182,11 @@ def test_responses_are_told_by_lengths_whatever_the_ids() -> None:
     lengths, prompts = np.array([5, 3], dtype=np.int32), np.array([2, 2], dtype=np.int32)
     batch = RolloutBatch(
         ids=ids, lengths=lengths, prompt_lengths=prompts, sampled_logprobs=np.zeros(8, np.float32),
-        truncated=np.array([False, False]), prompt_index=np.array([0, 1]), seeds=np.array([1, 2]), version=1,
+        truncated=np.array([False, False]), prompt_index=np.array([0, 1]), positions=np.array([0, 1]),
+        seeds=np.array([1, 2]), version=1,
     )
+    ranked = RankedDataset(ids, lengths, np.array([1, 2]), np.array([0, 0]), prompts)
+    assert ranked.in_response.tolist() == batch.in_response.tolist()
     assert batch.in_response.tolist() == [
         False, False, True, True, True,
         False, False, True,

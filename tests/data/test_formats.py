@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,31 @@ def test_prompts_are_text_or_messages_that_end_with_the_user(tmp_path: Path) -> 
     assert read_prompts(path) == [ASK, ASK]
 
 
+def test_the_metadata_of_a_prompt_is_kept_as_one_text_whatever_the_order_of_its_keys(tmp_path: Path) -> None:
+    path = lines(tmp_path / "p.jsonl", '{"prompt": "Ask", "metadata": {"b": [1, null], "a": {"d": "ö", "c": true}}}',
+                 '{"messages": [{"role": "user", "content": "Ask"}], "metadata": {"a": {"c": true, "d": "ö"}, "b": '
+                 '[1, null]}}', {"prompt": "Ask", "metadata": {}}, {"prompt": "Ask", "metadata": None})
+    first, second, empty, none = read_prompts(path)
+    assert first.metadata == '{"a":{"c":true,"d":"ö"},"b":[1,null]}'
+    assert first == second == Prompt(ASK.turns, metadata=first.metadata)
+    assert {first: 1}[second] == 1  # hashes
+    assert (empty.metadata, none.metadata) == ("{}", "")
+    assert none == ASK != first
+
+
+def test_demonstrations_leave_metadata_aside(tmp_path: Path) -> None:
+    """Nothing reads theirs, and other people's data have a column of that name with anything in it."""
+    path = lines(tmp_path / "d.jsonl", {"prompt": "Ask", "response": "Answer", "metadata": "from the web"})
+    assert read_demonstrations(path) == [Demonstration(ASK, "Answer")]
+
+
+def test_metadata_of_parquet_may_hold_what_json_does_not(tmp_path: Path) -> None:
+    rows = [{"prompt": "Ask", "metadata": {"day": date(2024, 2, 29)}}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet row 0: `metadata` holds what JSON has no form for: .*date"):
+        read_prompts(str(tmp_path / "p.parquet"))
+
+
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "Ask"}\r\n\n  \n{"prompt": "Ask"}')
@@ -70,7 +96,7 @@ def test_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prompt", [
-    ASK, Prompt(ASK.turns, "with this"),
+    ASK, Prompt(ASK.turns, "with this"), Prompt(ASK.turns, "with this", '{"a":[1,"ö"]}'),
     Prompt((Message("user", "a"), Message("assistant", "b"), Message("user", "c"))),
 ])
 def test_comparisons_come_back_as_they_were_written(prompt: Prompt, tmp_path: Path) -> None:
@@ -98,6 +124,13 @@ PAIR = {"prompt": "Ask", "responses": ["a", "b"], "ranks": [1, 2]}
     (read_prompts, {"prompt": 3}, "`prompt` must be a string"),
     (read_prompts, {"prompt": "a", "input": 3}, "`input` must be a string"),
     (read_prompts, {"prompt": "half \ud83d"}, "`prompt` holds half of a surrogate pair"),
+    (read_prompts, {"prompt": "a", "metadata": "7"}, '`metadata` must be an object such as {"answer": "7"}'),
+    (read_prompts, {"prompt": "a", "metadata": [{}]}, "`metadata` must be an object"),
+    (read_prompts, {"prompt": "a", "metadata": 0}, "`metadata` must be an object"),
+    (read_prompts, {"messages": [{"role": "user", "content": "x"}], "metadata": False}, "`metadata` must be an object"),
+    (read_prompts, '{"prompt": "a", "metadata": {"x": NaN}}', "`metadata` holds what JSON has no form for"),
+    (read_prompts, {"prompt": "a", "metadata": {"x": "\ud83d"}}, "`metadata` holds half of a surrogate pair"),
+    (read_comparisons, PAIR | {"metadata": "7"}, "`metadata` must be an object"),
     (read_prompts, {"messages": []}, "`messages` must be a list that is not empty"),
     (read_prompts, {"messages": [{"role": "bot", "content": "x"}]}, "`messages[0]` needs a role"),
     (read_prompts, {"messages": [{"role": "assistant", "content": "x"}]}, "must be from the user, got assistant"),

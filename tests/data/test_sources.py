@@ -1,4 +1,4 @@
-"""Where the stages' data comes from: the user's files, or the embedded reviews."""
+"""Where the stages' data comes from: the user's files, the embedded reviews, or tasks of reasoning-gym."""
 
 import json
 import os
@@ -10,9 +10,18 @@ import pytest
 
 from rlhf_ray.config.checks import STAGE_DATA
 from rlhf_ray.config.schema import STAGES, DataConfig
+from rlhf_ray.data import reasoning
 from rlhf_ray.data.formats import Demonstration, Message, Prompt
 from rlhf_ray.data.reviews import INSTRUCTION
-from rlhf_ray.data.sources import MAY_NEED, FileData, ReviewData, check_paths, load_task_data
+from rlhf_ray.data.sources import (
+    MAY_NEED,
+    REASONING_COUNTS,
+    FileData,
+    ReasoningData,
+    ReviewData,
+    check_paths,
+    load_task_data,
+)
 from rlhf_ray.errors import UserError
 
 ASK = Prompt((Message("user", "Ask"),))
@@ -49,11 +58,12 @@ def test_a_key_that_is_not_set_is_named(key: str) -> None:
         getattr(FileData(DataConfig(source="files")), key)()
 
 
-def test_files_have_no_labeler_and_no_judge(tmp_path: Path) -> None:
+def test_files_have_no_labeler_no_judge_and_no_verifier(tmp_path: Path) -> None:
     data = FileData(DataConfig(source="files"))
     with pytest.raises(UserError, match=r"set compare\.ranker=file and data\.comparisons"):
         data.labeler(1.0)
     assert data.judge() is None
+    assert data.verifier() is None
     assert data.judge_accuracy() == {"held_out_accuracy": None}
     assert data.counts() == {}
     data.save_split(tmp_path / "split.json")
@@ -119,8 +129,9 @@ def test_what_is_there_or_on_the_hub_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_embedded_reviews_need_no_paths(stage: str) -> None:
-    check_paths(DataConfig(source="reviews"), stage)
+@pytest.mark.parametrize("source", ["reviews", "reasoning"])
+def test_what_is_embedded_needs_no_paths(source: str, stage: str) -> None:
+    check_paths(DataConfig(source=source), stage)
 
 
 # -- reviews -----------------------------------------------------------------------------------------------------
@@ -187,3 +198,81 @@ def test_the_split_is_saved_where_it_is_asked_for(reviews: ReviewData, tmp_path:
     saved = json.loads((tmp_path / "split.json").read_text())
     assert saved["counts"] == reviews.counts()
     assert np.array_equal(saved["documents"]["held_out"], reviews.split.parts["held_out"])
+
+
+def test_reviews_have_no_verifier(reviews: ReviewData) -> None:
+    assert reviews.verifier() is None
+
+
+# -- reasoning ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sums() -> ReasoningData:
+    data = load_task_data(DataConfig(source="reasoning", reasoning_task="chain_sum", split_seed=0))
+    assert isinstance(data, ReasoningData)
+    return data
+
+
+def asked(prompts: list[Prompt]) -> list[str]:
+    return [p.turns[0].content for p in prompts]
+
+
+def test_no_stage_but_eval_meets_a_held_out_question(sums: ReasoningData) -> None:
+    held, met = set(asked(sums.eval_prompts())), [*asked(sums.ppo_prompts()), *sums.texts()]
+    met += asked([d.prompt for d in sums.demonstrations()])
+    assert not held & {text.partition("=")[0] + "=" for text in met}
+    assert len(held) == sums.counts()["held_out"] > 500
+
+
+def test_texts_are_questions_with_their_answers(sums: ReasoningData) -> None:
+    """`1 + 2 = 3`: so that the loss on held-out ones tells what the model knows."""
+    for texts, prompts in ((sums.texts(), [d.prompt for d in sums.demonstrations()]),
+                           (sums.eval_texts(), sums.eval_prompts())):
+        assert [text.rpartition(" ")[0] for text in texts] == asked(prompts)
+        for text in texts[:200]:
+            terms, _, answer = text.partition(" = ")
+            assert sum(int(term) for term in terms.replace("- ", "-").replace("+ ", "").split()) == int(answer)
+
+
+def test_the_verifier_of_a_task_takes_its_own_answers(sums: ReasoningData) -> None:
+    prompts = sums.eval_prompts()[:50]
+    metadata = [json.loads(p.metadata) for p in prompts]
+    verifier = sums.verifier()
+    assert verifier is reasoning.verify
+    assert verifier(asked(prompts), [m["answer"] for m in metadata], metadata) == [1.0] * 50
+
+
+@pytest.mark.parametrize("member", ["compare_prompts", "labeler_accuracy", "labeler"])
+def test_verifiable_tasks_need_no_rankings(member: str, sums: ReasoningData) -> None:
+    with pytest.raises(UserError, match="needs no rankings: leave compare and rm out of stages"):
+        getattr(sums, member)(*([1.0] if member == "labeler" else []))
+    assert sums.judge() is None
+    assert sums.judge_accuracy() == {"held_out_accuracy": None}
+
+
+def test_tasks_and_seeds_have_data_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in REASONING_COUNTS:
+        monkeypatch.setitem(REASONING_COUNTS, part, 5)
+    of = {key: ReasoningData(*key) for key in (("last_letters", 0), ("last_letters", 1), ("coin_flip", 0))}
+    assert len({data.fingerprint() for data in of.values()}) == 3
+    assert ReasoningData("last_letters", 0).fingerprint() == of["last_letters", 0].fingerprint()
+    assert all(data.counts() == {"demonstrations": 5, "train": 5, "held_out": 5} for data in of.values())
+
+
+def test_a_task_is_drawn_once_per_seed(sums: ReasoningData) -> None:
+    same = DataConfig(source="reasoning", reasoning_task="chain_sum", split_seed=0, template="none")
+    assert load_task_data(same) is sums
+    assert sums.demonstrations() is sums.demonstrations()
+    assert load_task_data(DataConfig(source="reasoning", reasoning_task="chain_sum", split_seed=1)) is not sums
+    assert load_task_data(DataConfig(source="reasoning", reasoning_task="coin_flip", split_seed=0)) is not sums
+
+
+def test_what_identifies_the_questions_is_saved(sums: ReasoningData, tmp_path: Path) -> None:
+    sums.save_split(tmp_path / "new" / "split.json")
+    saved = json.loads((tmp_path / "new" / "split.json").read_text())
+    assert (saved["task"], saved["seed"], saved["reasoning_gym"]) == ("chain_sum", 0, "0.1.25")
+    assert saved["options"] == reasoning.TASKS["chain_sum"]
+    assert saved["counts"] == sums.counts()
+    assert saved["held_out"] == asked(sums.eval_prompts())
+    assert len(set(saved["sha256"].values())) == 3

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 from end_to_end.small import TEXTS, small_config
 from rlhf_ray.cluster.runtime import session
@@ -19,6 +21,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         paths.append(tmp_path_factory.mktemp("model") / "model")
         save_untrained(cfg, 64, TEXTS, paths[-1], seed)
     return [str(p) for p in paths]
+
+
+@pytest.fixture(scope="session")
+def untied_models(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two models with an output head of their own and 384 tokens, 64 more than the tokenizer knows."""
+    paths = []
+    for seed, path in enumerate(models):
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(path, vocab_size=384, tie_word_embeddings=False)
+        paths.append(str(tmp_path_factory.mktemp("untied") / "model"))
+        LlamaForCausalLM(config).save_pretrained(paths[-1])
+        AutoTokenizer.from_pretrained(path).save_pretrained(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def reward_model(models: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward model with a random head, so that scores differ."""
+    torch.manual_seed(3)
+    path = str(tmp_path_factory.mktemp("reward") / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(models[0], num_labels=1)
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(models[0]).save_pretrained(path)
+    return path
 
 
 @pytest.fixture

@@ -1,33 +1,54 @@
 """A DeepSpeed ZeRO-3 update does not depend on how it was cut up."""
 
+import math
+
 import numpy as np
 import pytest
 import ray
 from safetensors.numpy import load_file
 
 from end_to_end.small import small_config
-from rlhf_ray.actors.learners import CriticLearner, PolicyLearner, Window
+from rlhf_ray.actors.learners import CriticLearner, Window
+from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.group import Cast
-from rlhf_ray.core.types import TokenDataset, TrainBatch
+from rlhf_ray.core.types import CriticBatch, PolicyBatch, TokenDataset
 from rlhf_ray.train import roles
 
-N, LENGTH, PROMPT = 12, 20, 6
-ALL = np.arange(N)
-NO_PTX = np.zeros(0, dtype=np.int64)
+N, PROMPT = 16, 6
+ALL, HALF = np.arange(N), N // 2
+NONE = np.zeros(0, dtype=np.int64)
+# 8 rollouts of 8 to 20 tokens in rows of 24: all in one pass, in passes of some four, or one by one.
+CUTS = {"8": 4096, "4+4": 72, "1x8": 16}
 
 
-def train_batch(advantage: float = 1.0) -> TrainBatch:
-    """Twelve rollouts of uneven length with made-up numbers."""
+def shape() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, lengths, in_response) of sixteen rollouts of uneven length."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(PROMPT + 2, LENGTH, N).astype(np.int32)
-    total = int(lengths.sum())
+    lengths = rng.integers(PROMPT + 2, 20, N).astype(np.int32)
     place = np.concatenate([np.arange(n) for n in lengths])
-    return TrainBatch(
-        ids=rng.integers(4, 300, total).astype(np.int32), lengths=lengths, in_response=place >= PROMPT,
-        old_logprobs=rng.normal(-5.7, 0.2, total).astype(np.float32),
-        advantages=(advantage * rng.normal(size=total)).astype(np.float32),
-        values=rng.normal(size=total).astype(np.float32), returns=rng.normal(size=total).astype(np.float32),
+    return rng.integers(4, 300, int(lengths.sum())).astype(np.int32), lengths, place >= PROMPT
+
+
+def policy_batch(advantage: float = 1.0) -> PolicyBatch:
+    """Made-up numbers; one rollout is left out of the update, as a dropped truncated one is."""
+    ids, lengths, in_response = shape()
+    rng, total = np.random.default_rng(1), len(ids)
+    in_response[lengths[:3].sum() : lengths[:4].sum()] = False
+    whole = np.repeat(rng.normal(size=N), lengths)  # one advantage per response, as group algorithms have it
+    return PolicyBatch(
+        ids=ids, lengths=lengths, in_response=in_response,
+        old_logprobs=rng.normal(-5.7, 0.05, total).astype(np.float32),
+        ref_logprobs=rng.normal(-5.7, 0.2, total).astype(np.float32),
+        advantages=(advantage * whole).astype(np.float32), weights=rng.uniform(0.5, 1.5, total).astype(np.float32),
     )
+
+
+def critic_batch() -> CriticBatch:
+    ids, lengths, in_response = shape()
+    rng = np.random.default_rng(2)
+    return CriticBatch(ids=ids, lengths=lengths, in_response=in_response,
+                       values=rng.normal(size=len(ids)).astype(np.float32),
+                       returns=rng.normal(size=len(ids)).astype(np.float32))
 
 
 def blocks() -> TokenDataset:
@@ -37,54 +58,91 @@ def blocks() -> TokenDataset:
     return TokenDataset(ids.reshape(-1), np.full(6, 16, dtype=np.int32), in_loss.reshape(-1))
 
 
-def updated_policy(path, out, ranks, micro_batch_tokens, batch=None):
-    """Weights and report after two optimizer steps of six rollouts and two or four text blocks each."""
+def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, **algorithm):
+    """Weights and report after optimizer steps of eight rollouts, and with ptx two or four text blocks, each."""
     cfg = small_config(path)
+    cfg.model.max_length = 24
     cfg.roles.policy.ranks, cfg.roles.policy.micro_batch_tokens = ranks, micro_batch_tokens
     cfg.roles.policy.param_persistence_threshold = 500
     cfg.ppo.policy_optimizer.lr, cfg.algorithm.ptx_coef = 1e-3, 0.5
+    for key, value in algorithm.items():
+        setattr(cfg.algorithm, key, value)
     with Cast(roles.layout_of(cfg, ["policy"]), cfg.cluster) as cast:
         policy = roles.policy_learners(cast, cfg, path, 2, ray.put(blocks()))
         cast.ready()
-        ref = ray.put(batch or train_batch())
-        windows = [[Window(ALL[:6][rank::ranks], np.array([0, 1])[rank::ranks]),
-                    Window(ALL[6:][rank::ranks], np.array([2, 3, 4, 5])[rank::ranks])] for rank in range(ranks)]
-        report = policy.call_each(PolicyLearner.update, [([ref], w) for w in windows])[0]
+        ref = ray.put(batch or policy_batch())
+        text = [np.array([0, 1]), np.array([2, 3, 4, 5])] if cfg.algorithm.ptx else [NONE, NONE]
+        windows = [[Window(ALL[:HALF][rank::ranks], text[0][rank::ranks]),
+                    Window(ALL[HALF:][rank::ranks], text[1][rank::ranks])][:steps] for rank in range(ranks)]
+        report = policy.call_each(PolicyLearner.update, [([ref], w, 0.1) for w in windows])[0]
         policy.call(PolicyLearner.save, str(out))
     return load_file(out / "model.safetensors"), report
 
 
-def test_ranks_and_micro_batches_do_not_change_the_update(ray_session, models, tmp_path):
-    """One rank with everything in one pass = one rank with a sequence at a time = two ranks."""
-    whole, report = updated_policy(models[0], tmp_path / "whole", 1, 4096)
+ALGORITHMS = {
+    "ppo": {"name": "ppo", "ptx": True, "entropy_coef": 0.01},
+    "grpo": {"name": "grpo", "kl_in": "loss", "kl_estimator": "k3"},
+    "rloo": {"name": "rloo"},
+}
+
+
+@pytest.mark.parametrize(("name", "variants"), [
+    ("ppo", [(1, "4+4"), (1, "1x8"), (2, "8")]), ("grpo", [(1, "1x8"), (2, "8")]), ("rloo", [(1, "1x8"), (2, "4+4")]),
+])
+def test_ranks_and_micro_batches_do_not_change_the_update(ray_session, models, tmp_path, name, variants):
+    """Micro-batch 8 = 4 + 4 = 1 x 8, so accumulation 1 = 2; packed = one sequence at a time; one rank = two."""
+    algorithm = ALGORITHMS[name]
+    whole, report = updated_policy(models[0], tmp_path / "whole", **algorithm)
     before = load_file(f"{models[0]}/model.safetensors")
     assert max(np.abs(whole[k] - before[k]).max() for k in whole) > 5e-4  # it moved
-    assert report["policy_skipped_steps"] == 0 and report["ptx_loss"] > 0
-    for name, ranks, tokens in (("single", 1, 16), ("two", 2, 4096)):
-        weights, other = updated_policy(models[0], tmp_path / name, ranks, tokens)
-        for key in ("policy_loss", "ptx_loss", "policy_grad_norm", "clip_fraction", "update_kl_per_token"):
-            assert other[key] == pytest.approx(report[key], rel=1e-4, abs=1e-6), (name, key)
+    assert report["policy_skipped_steps"] == 0
+    assert report["clip_fraction"] > 0  # the clip is at work
+    for ranks, cut in variants:
+        weights, other = updated_policy(models[0], tmp_path / f"{ranks}{cut}", ranks, CUTS[cut], **algorithm)
+        assert other.keys() == report.keys()
+        for key, value in report.items():
+            assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (ranks, cut, key)
         # Adam's first steps turn rounding of a tiny gradient into a move of its own: compare with the step size.
         worst = max(float(np.quantile(np.abs(weights[k] - whole[k]), 0.99)) for k in weights)
-        assert worst < 2e-5, (name, worst)
+        assert worst < 2e-5, (ranks, cut, worst)
+
+
+def test_both_gradient_norms_are_those_of_each_loss_alone(ray_session, models, tmp_path):
+    """Of one step on RL and ptx together: rl_grad_norm is the norm of the same step without ptx."""
+    _, alone = updated_policy(models[0], tmp_path / "alone", steps=1, name="ppo")
+    _, both = updated_policy(models[0], tmp_path / "both", ranks=2, steps=1, name="ppo", ptx=True)
+    assert both["rl_grad_norm"] == pytest.approx(alone["policy_grad_norm"], rel=1e-4)
+    total, parts = both["policy_grad_norm"], (both["rl_grad_norm"], both["ptx_grad_norm"])
+    assert abs(parts[0] - parts[1]) - 1e-6 <= total <= sum(parts) + 1e-6  # the triangle
+    assert not math.isclose(total, parts[0], rel_tol=1e-3) and parts[1] > 0
 
 
 def test_a_step_that_is_not_finite_is_dropped_by_all_ranks_and_counted(ray_session, models, tmp_path):
-    batch = train_batch(advantage=float("inf"))
-    weights, report = updated_policy(models[0], tmp_path / "inf", 2, 4096, batch)
+    weights, report = updated_policy(models[0], tmp_path / "inf", 2, batch=policy_batch(advantage=float("inf")))
     before = load_file(f"{models[0]}/model.safetensors")
     assert report["policy_skipped_steps"] == 2
     assert all(np.array_equal(weights[k], before[k]) for k in weights)
 
 
-def test_the_critic_learns_and_reports_its_fit(ray_session, models):
-    """Values move towards the returns: the loss falls over ten passes."""
-    cfg = small_config(models[0])
+def updated_critic(path, ranks=1, micro_batch_tokens=4096, rounds=1):
+    cfg = small_config(path)
+    cfg.model.max_length = 24
+    cfg.roles.critic.ranks, cfg.roles.critic.micro_batch_tokens = ranks, micro_batch_tokens
     cfg.ppo.critic_optimizer.lr, cfg.algorithm.value_clip = 3e-3, 100.0
     with Cast(roles.layout_of(cfg, ["critic"]), cfg.cluster) as cast:
-        critic = roles.critic_learners(cast, cfg, models[0], 20)
+        critic = roles.critic_learners(cast, cfg, path, 20)
         cast.ready()
-        ref = ray.put(train_batch())
-        reports = [critic.call(CriticLearner.update, [ref], [Window(ALL, NO_PTX)])[0] for _ in range(20)]
+        ref = ray.put(critic_batch())
+        windows = [[Window(ALL[rank::ranks], NONE)] for rank in range(ranks)]
+        return [critic.call_each(CriticLearner.update, [([ref], w) for w in windows])[0] for _ in range(rounds)]
+
+
+def test_the_critic_learns_and_reports_its_fit(ray_session, models):
+    """Values move towards the returns: the loss falls over twenty passes. Two ranks, one by one: the same numbers."""
+    reports = updated_critic(models[0], rounds=20)
     assert reports[-1]["value_loss"] < 0.8 * reports[0]["value_loss"]
     assert reports[-1]["explained_variance"] > reports[0]["explained_variance"]
+    others = updated_critic(models[0], ranks=2, micro_batch_tokens=16, rounds=3)
+    for other, report in zip(others, reports, strict=False):
+        for key, value in report.items():
+            assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key

@@ -33,6 +33,8 @@ def complete_report() -> dict:
     stages = {"sft": 61.2, "compare": 48.9, "rm": 55.0, "ppo": 318.4, "eval": 41.7}
     roles = ("generator", "reward", "reference", "policy", "policy", "critic")
     return {
+        "policy": "ppo",
+        "algorithm": "ppo",
         "total_seconds": 541.3,
         "stages": {name: {"seconds": seconds} for name, seconds in stages.items()},
         "peak_rss_gib": 7.42,
@@ -121,6 +123,38 @@ def samples(count: int = 6) -> list[dict]:
     return [copy.deepcopy(one) for _ in range(count)]
 
 
+def dpo_report() -> dict:
+    """As stage dpo leaves it: no reward model, a policy of its own name."""
+    report = complete_report() | {"policy": "dpo", "algorithm": "dpo", "rm": None, "rm_score": None}
+    report["dpo"] = {"val_accuracy": 0.661, "ci95": [0.63, 0.69]}
+    report["win_rate"] = {key.replace("ppo", "dpo"): value for key, value in report["win_rate"].items()}
+    for key in ("judge_score", "distinct_2", "held_out_loss", "mean_length"):
+        report[key]["dpo"] = report[key].pop("ppo")
+    report["stages"] = {name: {"seconds": 60.0} for name in ("sft", "compare", "dpo", "eval")}
+    return report
+
+
+def dpo_history(steps: int = 30) -> list[dict]:
+    return [{"step": i, "loss": 0.69 - 0.002 * i, "accuracy": 0.5 + 0.004 * i, "margin": 0.01 * i, "pairs": 96.0,
+             "margin_sum": 0.96 * i, "correct": 50.0, "grad_norm": 1.0, "lr": 1e-4, "seconds": 0.5 * i}
+            for i in range(1, steps + 1)]
+
+
+def verified_report() -> dict:
+    """GRPO on a task whose answers can be checked: neither labeler nor reward model."""
+    def share(right, ci95):
+        return {"right": right, "n": 512, "rate": right / 512, "ci95": ci95}
+
+    gain = {"gained": 130, "lost": 20, "n": 512, "difference": 110 / 512, "ci95": [0.17, 0.26]}
+    return complete_report() | {
+        "stages": {name: {"seconds": 60.0} for name in ("sft", "ppo", "eval")},
+        "algorithm": "grpo", "rm": None, "rm_score": None, "labeler": None,
+        "judge": {"held_out_accuracy": None, "is": "the task's verifier, which checks every answer"},
+        "accuracy": {"base": share(10, [0.01, 0.035]), "sft": share(205, [0.36, 0.44]), "ppo": share(315, [0.57, 0.66]),
+                     "ppo_minus_sft": gain},
+    }
+
+
 class Page(HTMLParser):
     """Checks that tags close in order; collects tags and what they would load."""
 
@@ -173,11 +207,61 @@ def test_page_is_reproducible():
     )
 
 
-@pytest.mark.parametrize("key", sorted(complete_report()))
-def test_missing_parts_are_left_out(key):
+@pytest.mark.parametrize("make", [complete_report, dpo_report, verified_report])
+def test_missing_parts_are_left_out(make):
+    for key in make():
+        report = make()
+        del report[key]
+        Page(render_html(report, [], samples()))
+
+
+def test_a_dpo_policy_has_its_own_name_and_figures():
+    report, said = dpo_report(), samples()
+    for one in said:
+        one["dpo"] = one.pop("ppo")
+    validate_report(report, policy="dpo")
+    text = render_html(report, dpo_history(), said)
+    page = Page(text)
+    assert HEADLINE.replace("PPO", "DPO") in text
+    assert "PPO" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+    assert "fine-tuned on demonstrations and trained on ranked responses with DPO." in text
+    assert "How DPO went" in text and "One point per optimizer step." in text and "66.1%" in text
+    assert "Reward-model score" not in text and "Over-optimisation" not in text
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 3  # who is preferred, loss, order of the pairs
+    assert text.count("clearly loves these people") == 6
+
+
+@pytest.mark.parametrize(("algorithm", "title"), [
+    ("grpo", "GRPO"), ("dr_grpo", "Dr. GRPO"), ("rloo", "RLOO"), ("reinforce_pp", "REINFORCE++")])
+def test_the_page_names_the_algorithm_and_the_numbers_the_stage(algorithm, title):
+    report = complete_report() | {"algorithm": algorithm}
+    validate_report(report)
+    text = render_html(report, history(), samples())
+    Page(text)
+    assert HEADLINE.replace("PPO", title) in text
+    for words in (f"How {title} went", f"{title} vs SFT", f"against it with {title} for 40 iterations"):
+        assert words in text
+    assert "PPO" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
+def test_right_answers_are_the_headline_where_they_can_be_verified():
+    report = verified_report()
+    validate_report(report)
+    text = render_html(report, [], samples())
+    page = Page(text)
+    assert "GRPO right on 62% [57, 66] of 512 held-out prompts, SFT on 40% [36, 44]" in text
+    assert "The judge is the task&#39;s verifier, which checks every answer. Brackets are" in text
+    assert "GRPO less SFT, paired by prompt: +21.5 points [+17.0, +26.0]." in text
+    assert "<td class=\"num\">+21.5</td>" in text  # 100 * (315 - 205) / 512, in the table
+    assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2  # right answers, who is preferred
+    assert "fine-tuned on demonstrations and optimised against its reward with GRPO." in text
+
+
+def test_what_the_headline_rests_on_is_said_as_it_is():
     report = complete_report()
-    del report[key]
-    Page(render_html(report, [], samples()))
+    assert "Ties count half. Brackets are the 95% interval over prompts." in render_html(report, [], [])
+    report["judge"]["is"] = "the reward model itself: not independent of training"
+    assert "The judge is the reward model itself: not independent of training. Ties" in render_html(report, [], [])
 
 
 def test_almost_nothing():
@@ -260,6 +344,13 @@ def test_validate_names_what_is_missing(path):
         ("kl_per_sequence", float("nan")),
         ("config", 3),
         ("data", []),
+        ("policy", "dpo"),
+        ("algorithm", None),
+        ("rm", 0.7),
+        ("rm_score", None),
+        ("labeler", 0.7),
+        ("dpo", {}),
+        ("accuracy", {}),
     ],
 )
 def test_validate_names_what_is_of_the_wrong_type(path, value):
@@ -276,3 +367,33 @@ def test_validate_allows_people_as_labelers_and_fewer_baselines():
     with pytest.raises(ValueError, match="ppo_vs_base"):
         validate_report(report)
     Page(render_html(report, [], []))
+
+
+def test_validate_allows_a_run_without_a_reward_model_but_no_scores_of_none():
+    validate_report(verified_report())
+    with pytest.raises(ValueError, match="rm_score must be null, as rm is"):
+        validate_report(verified_report() | {"rm_score": {"base": 0.0, "sft": 0.0, "ppo": 1.0}})
+    report = verified_report()
+    del report["rm"]
+    with pytest.raises(ValueError, match="report lacks rm"):
+        validate_report(report)
+
+
+@pytest.mark.parametrize("path", ["ppo", "sft.rate", "base.ci95", "ppo.right", "ppo_minus_sft.difference",
+                                  "ppo_minus_sft.gained", "ppo_minus_sft"])
+def test_validate_names_what_accuracy_lacks(path):
+    report = copy.deepcopy(verified_report())
+    *parents, last = ["accuracy", *path.split(".")]
+    at = report
+    for key in parents:
+        at = at[key]
+    del at[last]
+    with pytest.raises(ValueError, match=re.escape(f"accuracy.{path}")):
+        validate_report(report)
+
+
+def test_validate_wants_the_keys_of_the_judged_policy():
+    with pytest.raises(ValueError, match="policy"):
+        validate_report(complete_report(), policy="dpo")
+    with pytest.raises(ValueError, match="dpo_vs_base"):
+        validate_report(complete_report() | {"policy": "dpo"}, policy="dpo")

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_ray.evaluation.statistics import cluster_interval, distinct_n, win_rate
+from rlhf_ray.evaluation.statistics import (
+    _newcombe,
+    accuracy,
+    accuracy_gain,
+    cluster_interval,
+    distinct_n,
+    win_rate,
+)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -121,3 +128,65 @@ def test_distinct_n_by_hand():
     assert distinct_n(["x", ""]) == 0.0
     with pytest.raises(ValueError):
         distinct_n(["a"], n=0)
+
+
+# -- right answers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 7), (3, 7), (7, 7), (412, 512)])
+def test_accuracy_has_scipys_wilson_interval(right, n):
+    found = accuracy(np.arange(n) < right)
+    assert (found.right, found.n, found.rate) == (right, n, right / n)
+    assert found.ci95 == pytest.approx(wilson(right, n), abs=1e-12)
+    assert found.to_dict() == {"right": right, "n": n, "rate": right / n, "ci95": list(found.ci95)}
+
+
+def test_accuracy_gain_by_hand():
+    """Of 5 prompts a alone is right on 2, b alone on 1: (2 - 1) / 5."""
+    a, b = np.array([1, 1, 0, 1, 0], bool), np.array([0, 0, 1, 1, 0], bool)
+    found = accuracy_gain(a, b, 500, 0)
+    assert (found.gained, found.lost, found.n) == (2, 1, 5)
+    assert found.difference == pytest.approx(0.2)
+    assert found.ci95[0] < 0 < 0.2 < found.ci95[1]
+    back = accuracy_gain(b, a, 500, 0)
+    assert back.difference == -found.difference
+    assert set(found.to_dict()) == {"gained", "lost", "n", "difference", "ci95"}
+
+
+def test_newcombe_by_hand():
+    """n = 50: both 36, only a 12, only b 2, neither 0: p = 0.96, q = 0.76.
+
+    Wilson: p in [0.8654, 0.9890], q in [0.6259, 0.8570]. Product 36 * 0 - 12 * 2 = -24, not positive, so no correction:
+    phi = -24 / sqrt(48 * 2 * 38 * 12) = -0.1147. Lower: 0.2 - sqrt(0.0946^2 + 2 * 0.1147 * 0.0946 * 0.0970 + 0.0970^2)
+    = 0.2 - 0.1431. Upper: 0.2 + sqrt(0.0290^2 + 2 * 0.1147 * 0.0290 * 0.1341 + 0.1341^2) = 0.2 + 0.1404.
+    """
+    assert _newcombe(36, 12, 2, 50) == pytest.approx((0.0569, 0.3404), abs=1e-4)
+
+
+@pytest.mark.parametrize("right", [0, 30, 60])
+def test_no_difference_on_any_prompt_is_not_a_point_nor_as_wide_as_unpaired(right):
+    """Of 60 prompts none differs: about 3 / n could still be the truth (rule of three)."""
+    same = np.arange(60) < right
+    low, high = accuracy_gain(same, same, 1000, 0).ci95
+    assert high == pytest.approx(-low)
+    assert 0.01 < high < 0.08
+
+
+@pytest.mark.parametrize(("p_gain", "p_lose"), [(0.3, 0.1), (0.05, 0.05), (0.02, 0.0), (0.6, 0.02)])
+def test_accuracy_gain_covers_the_truth(p_gain, p_lose):
+    """The rest is half right by both, half by neither; 300 prompts, 400 sets."""
+    rng, sets, covered = np.random.default_rng(11), 400, 0
+    rest = (1 - p_gain - p_lose) / 2
+    for _ in range(sets):
+        outcome = rng.choice(4, p=(p_gain, p_lose, rest, rest), size=300)
+        low, high = accuracy_gain((outcome == 0) | (outcome == 2), (outcome == 1) | (outcome == 2), 1000, 0).ci95
+        covered += low <= p_gain - p_lose <= high
+    assert covered / sets >= 0.92
+
+
+def test_right_answers_must_be_true_or_false_for_the_same_prompts():
+    for bad in ([], [0.5, 1.0], [[True]]):
+        with pytest.raises(ValueError, match="true or false"):
+            accuracy(bad)
+    with pytest.raises(ValueError, match="equally long"):
+        accuracy_gain([True], [True, False], 100, 0)

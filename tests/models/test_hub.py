@@ -27,6 +27,7 @@ from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.hub import (
     SCORE_SHIFT,
+    check_same_tokenizer,
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
@@ -250,3 +251,20 @@ def test_gradient_checkpointing_is_the_configurations_and_changes_no_gradient(to
         model(input_ids=IDS, labels=IDS).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+def test_two_tokenizers_that_differ_are_refused_by_name(tmp_path: Path) -> None:
+    """Roles exchange token ids: another vocabulary, or another end of sequence, would be read as other words."""
+    names = {}
+    for name, texts in (("policy", ["a b c d"]), ("same", ["a b c d"]), ("other", ["x yx yx yx yx"])):
+        names[name] = str(tmp_path / name)
+        train_tokenizer(texts, 264).save_pretrained(names[name])
+        (tmp_path / name / "config.json").write_text("{}")
+    check_same_tokenizer(names["policy"], names["same"])
+    with pytest.raises(UserError, match=r"policy.* and .*other.* are not the same \(\d+ tokens differ, .*reward.so"):
+        check_same_tokenizer(names["policy"], names["other"])
+    end = AutoTokenizer.from_pretrained(names["same"])
+    end.eos_token = "<|user|>"
+    end.save_pretrained(names["same"])
+    with pytest.raises(UserError, match="bos or eos differ"):
+        check_same_tokenizer(names["policy"], names["same"])

@@ -56,6 +56,7 @@ ALL = ["sft", "compare", "rm", "ppo", "eval"]
     ("rm.epochs", 2, ["rm", "ppo", "eval"]),
     ("algorithm.kl_coef", 0.5, ["ppo", "eval"]),
     ("ppo.iterations", 1, ["ppo", "eval"]),
+    ("reward.clip", 5.0, ["ppo", "eval"]),
     ("rollout.temperature", 0.5, ["ppo", "eval"]),
     ("roles.policy.ranks", 2, ["ppo", "eval"]),
     ("eval.prompts", 7, ["eval"]),
@@ -65,6 +66,19 @@ ALL = ["sft", "compare", "rm", "ppo", "eval"]
 ])
 def test_a_change_makes_its_stage_and_all_after_it_stale(key: str, value: object, wanted: list[str]) -> None:
     assert stale(at(key, value)) == wanted
+
+
+def test_dpo_depends_on_the_rankings_and_its_own_options_and_not_on_those_of_ppo() -> None:
+    def with_dpo(change: Callable[[Config], None]) -> dict[str, str]:
+        cfg = Config(stages=["sft", "compare", "dpo", "eval"])
+        change(cfg)
+        return fingerprints(cfg)
+
+    before = with_dpo(lambda cfg: None)
+    for key, value, wanted in (("dpo.beta", 0.5, {"dpo", "eval"}), ("compare.prompts", 7, {"compare", "dpo", "eval"}),
+                               ("rm.epochs", 2, set()), ("ppo.iterations", 1, set()), ("eval.policy", "dpo", {"eval"})):
+        after = with_dpo(at(key, value))
+        assert {name for name in before if before[name] != after[name]} == wanted, key
 
 
 def test_a_pretrain_stage_makes_all_after_it_stale() -> None:

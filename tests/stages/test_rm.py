@@ -11,7 +11,7 @@ from rlhf_ray.core.types import RankedDataset
 from rlhf_ray.data.formats import Comparison, Demonstration, Message, Prompt
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.tiny import train_tokenizer
-from rlhf_ray.stages.rm import encode, pair_counts, prompt_keys
+from rlhf_ray.stages.rm import encode, held_out_accuracy, pair_counts, prompt_keys
 
 BOS, EOS, USER, ASSISTANT = range(4)
 
@@ -51,7 +51,27 @@ def test_ranked_groups_come_first_and_then_every_demonstration_alone(tokenizer: 
         BOS, USER, b, ASSISTANT, c, EOS, BOS, USER, b, ASSISTANT, EOS, BOS, USER, b, ASSISTANT, d, EOS,
         BOS, USER, e, ASSISTANT, a, EOS, BOS, USER, d, ASSISTANT, b, EOS,
     ]
-    assert {x.dtype for x in (data.ids, data.lengths, data.ranks, data.groups)} == {np.dtype(np.int32)}
+    assert data.prompt_lengths.tolist() == [4] * 7
+    assert {x.dtype for x in (data.ids, data.lengths, data.ranks, data.groups, data.prompt_lengths)} == {
+        np.dtype(np.int32)}
+
+
+def test_responses_are_told_from_prompts_by_length(tokenizer: Any) -> None:
+    """BOS, user, the letters and assistant are prompt; the response's letters and its EOS are not. An empty response is
+    its EOS alone."""
+    data, _ = encode([comparison("ab", "ab", "", ranks=(1, 2)), comparison("a", "b", "c", ranks=(1, 2))], [], config(),
+                     tokenizer)
+    assert data.prompt_lengths.tolist() == [5, 5, 4, 4]
+    assert data.in_response.tolist() == ([False] * 5 + [True] * 3 + [False] * 5 + [True]
+                                         + ([False] * 4 + [True] * 2) * 2)
+
+
+def test_without_demonstrations_there_are_the_comparisons_alone(tokenizer: Any) -> None:
+    """As dpo reads them: no score is shifted there."""
+    both = [comparison("a", "b", "c", ranks=(1, 2))] * 2
+    data, kept = encode(both, [], config(), tokenizer)
+    assert kept == both
+    assert data.groups.tolist() == [0, 0, 1, 1]
 
 
 def test_a_comparison_with_one_response_too_long_is_left_out_whole_and_counted(tokenizer: Any) -> None:
@@ -94,7 +114,7 @@ def test_labelers_of_one_prompt_share_a_key() -> None:
 def ranked(ranks: list[int], groups: list[int]) -> RankedDataset:
     n = len(ranks)
     return RankedDataset(np.zeros(n, np.int32), np.ones(n, np.int32), np.array(ranks, np.int32),
-                         np.array(groups, np.int32))
+                         np.array(groups, np.int32), np.zeros(n, np.int32))
 
 
 def test_pairs_by_hand() -> None:
@@ -120,3 +140,13 @@ def test_every_prompt_is_counted_for_itself_and_only_those_asked_for() -> None:
     assert total.tolist() == [1, 1, 0]
     correct, total = pair_counts(data, np.array([1]), scores)
     assert (correct.tolist(), total.tolist()) == ([0], [1])
+
+
+def test_held_out_accuracy_leaves_prompts_of_ties_out_and_names_the_key_where_all_tie() -> None:
+    """Groups 0 (1 of 1 right), 1 (0 of 1) and 2 (a tie, no pair): 1 of 2."""
+    data, scores = ranked([1, 2, 1, 2, 1, 1], [0, 0, 1, 1, 2, 2]), np.array([1.0, 0.0, 0.0, 1.0, 5.0, 6.0])
+    accuracy, (low, high), pairs = held_out_accuracy(data, np.array([0, 1, 2]), scores, 0, "dpo.val_fraction")
+    assert (accuracy, pairs) == (0.5, 2)
+    assert low < 0.5 < high
+    with pytest.raises(UserError, match=r"all their ranks are ties; .* raise dpo\.val_fraction"):
+        held_out_accuracy(data, np.array([2]), scores, 0, "dpo.val_fraction")
