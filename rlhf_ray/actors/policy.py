@@ -131,7 +131,7 @@ class PolicyLearner(RLLearner):
             if a.importance_cap is not None:
                 weight, sums = importance_weights(x.old, x.sampled, kept, a.importance_cap)
                 importance += [sums.weights, sums.squares, sums.count, sums.capped]
-                largest = max(largest, sums.largest)
+                largest = float(np.maximum(largest, sums.largest))  # unlike max, it lets NaN through
             r, in_response = x.rollout, unpad(kept, x.filled)
             policy.append(ray.put(PolicyBatch(
                 ids=r.ids, lengths=r.lengths, in_response=in_response, old_logprobs=unpad(x.old, x.filled),

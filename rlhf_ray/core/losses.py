@@ -77,10 +77,10 @@ def policy_loss(
 
     logprobs are those of the policy in training (with gradients); old_logprobs its own before the first update.
     weights float: 0 where a token does not count; elsewhere what algorithm and importance correction make of it.
-    denominator: that of the optimizer window. responses int64: the number of each token's response; if given, the
-    ratio is that of the whole response (all its tokens must be in this call), and the clip is of that.
+    denominator: that of the optimizer window. responses int64 [T]: the number of each token's response, all
+    arguments being flat; if given, the ratio and its clip are of the whole response, whose tokens must all be here.
     """
-    mask = weights > 0
+    mask = weights != 0  # NaN counts: a broken weight must break the step, not hide its token
     # masked before exp: where(mask, inf, 0) is 0, but its gradient is NaN
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     kl_k1_sum = -log_ratio.detach().sum()
@@ -107,7 +107,7 @@ def kl_loss(
     """(sum of w * estimate / denominator, tokens that `safe_exp` clamped). estimator: k2 or k3, see `core.kl`."""
     if estimator not in SOUND["loss"]:
         raise ValueError(f"{estimator} is not sound in a loss: {' or '.join(SOUND['loss'])}")
-    mask = weights > 0
+    mask = weights != 0  # NaN counts: a broken weight must break the step, not hide its token
     policy, reference = (torch.where(mask, x, 0) for x in (logprobs, ref_logprobs))
     if estimator == "k2":
         return masked_sum(weights * k2(policy, reference), mask) / _positive(denominator), mask.new_zeros(()).long()
@@ -117,7 +117,7 @@ def kl_loss(
 
 def entropy_loss(entropies: Tensor, weights: Tensor, denominator: float) -> Tensor:
     """-sum of w * entropy / denominator: minimised, it keeps the policy from settling on few answers."""
-    return -masked_sum(weights * entropies, weights > 0) / _positive(denominator)
+    return -masked_sum(weights * entropies, weights != 0) / _positive(denominator)
 
 
 def value_loss(
@@ -129,11 +129,11 @@ def value_loss(
     denominator: response tokens of the optimizer window.
     """
     values = torch.where(mask, values, 0)  # here too: else a NaN outside the mask gets into the gradient
-    error = (values - returns).square()
-    clipped_error = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
+    error, moved = (values - returns).square(), values - old_values
+    clipped_error = (old_values + moved.clamp(-value_clip, value_clip) - returns).square()
     return ValueLoss(
         loss=0.5 * masked_sum(torch.maximum(error, clipped_error), mask) / _positive(denominator),
-        clip_count=(mask & (clipped_error > error)).sum(),
+        clip_count=(mask & (moved.abs() > value_clip) & (clipped_error > error)).sum(),
         squared_error_sum=masked_sum(error.detach(), mask),
     )
 

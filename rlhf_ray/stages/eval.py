@@ -86,7 +86,7 @@ def evaluate(cfg: Config, record: StageRecord) -> None:
         reward = roles.reward_models(cast, cfg, str(paths.reward)) if scored else None
         actors = cast.ready()
         answers = {
-            name: _examine(cfg, name, models, generators, scorers, reward, prompts, blocks, tokenizer, judge)
+            name: examine(cfg, name, models, generators, scorers, reward, prompts, blocks, tokenizer, judge)
             for name in models
         }
     _record(cfg, record, answers, [_shown(p) for p in kept], judge)
@@ -113,7 +113,7 @@ def judge_of(task_data: TaskData, prompts: Sequence[Prompt], texts: Sequence[str
                     "stand in; run `rlhf-ray rm` first, with rm in stages, or use data whose answers can be judged")
 
 
-def _examine(
+def examine(
     cfg: Config, name: str, models: dict[str, str], generators: Group, scorers: Group, reward: Group | None,
     prompts: PromptSet, blocks: np.ndarray, tokenizer: Any, judge: Judge,
 ) -> Answers:

@@ -14,7 +14,8 @@ from rlhf_ray.stages.doctor import wanted_gpus
 RECIPES = groups()["experiment"]
 PATHS = [f"data.{name}={name}.jsonl" for name in
          ("demonstrations", "comparisons", "ppo_prompts", "eval_prompts", "texts", "eval_texts")]
-GIVEN = {"quickstart": [], "reviews_base": [], "hf_8gpu": PATHS, "instructgpt": ["model.path=Org/Name", *PATHS]}
+GIVEN = {"quickstart": [], "reasoning": [], "reviews_base": [], "hf_8gpu": PATHS,
+         "instructgpt": ["model.path=Org/Name", *PATHS]}
 
 # Ouyang et al. 2022, appendix C (1.3B and 6B).
 PUBLISHED = {

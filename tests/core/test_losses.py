@@ -235,6 +235,14 @@ def test_value_loss_by_hand():
     assert out.squared_error_sum.item() == pytest.approx(1 + 4 + 0.5625)
 
 
+def test_rounding_is_not_a_clipped_value():
+    """old + (V - old) differs from V in the last bit; with a range of 100 nothing is clipped."""
+    g = torch.Generator().manual_seed(0)
+    values, old, returns = torch.randn(3, 1000, generator=g)
+    assert ((old + (values - old)) != values).any()
+    assert value_loss(values, old, returns, torch.ones(1000, dtype=torch.bool), 100.0, 1.0).clip_count.item() == 0
+
+
 def test_explained_variance_by_hand():
     """Returns 1, 2, 3 have variance 2/3. Perfect: 1. Their mean as prediction: squared errors 2: 0. Off by 1
     everywhere: squared errors 3: 1 - 1 / (2/3) = -0.5."""

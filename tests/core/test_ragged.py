@@ -1,4 +1,4 @@
-"""Ragged batches and packed rows. Covers line 4 of the guide on correctness: masks come from lengths."""
+"""Ragged batches and packed rows. Covers line 4 of the rules in tests/README.md: masks come from lengths."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The stream of prompts, and which prompts are too long for it. Covers line 7 of the guide on correctness."""
+"""The stream of prompts, and which prompts are too long for it. Covers line 7 of the rules in tests/README.md."""
 
 from typing import Any
 

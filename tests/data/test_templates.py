@@ -1,4 +1,4 @@
-"""How a prompt becomes text and ids. Covers line 2 of the guide on correctness: one BOS, never two."""
+"""How a prompt becomes text and ids. Covers line 2 of the rules in tests/README.md: one BOS, never two."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """How weights are cut into buckets: sender and receiver do it by the same rule, from the same list.
 
-Covers line 38 (in buckets, never the whole model) of the guide on correctness.
+Covers line 38 (in buckets, never the whole model) of the rules in tests/README.md.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """Models on disk: what is saved is what plain transformers reads, whole or not at all.
 
 Covers lines 24 (the reward bias is stored with the model), 32 (the critic's head is the reward model's) and 39 (one
-name of a tied pair), and of 17 that no dropout is on unless it was asked for, of the guide on correctness.
+name of a tied pair), and of 17 that no dropout is on unless it was asked for, of the rules in tests/README.md.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The networks on packed rows against plain Hugging Face on one sequence at a time.
 
 Covers lines 8 (the reward model reads the last real token by length), 11 (temperature divides the logits) and 13
-(the softmax is whole) of the guide on correctness.
+(the softmax is whole) of the rules in tests/README.md.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 """Rankings as tokens, and how well scores order them. Covers lines 9 (same template and EOS as in rollouts), 24 (the
-demonstrations that set the reward bias) and 37 (groups, ties) of the guide on correctness."""
+demonstrations that set the reward bias) and 37 (groups, ties) of the rules in tests/README.md."""
 
 from typing import Any
 

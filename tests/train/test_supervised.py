@@ -1,5 +1,5 @@
 """What the supervised stages read, and in which order. Covers lines 33 (every epoch shuffles, nothing is dropped) and
-37 (training and validation are split by unit: a prompt with all its responses) of the guide on correctness."""
+37 (training and validation are split by unit: a prompt with all its responses) of the rules in tests/README.md."""
 
 import numpy as np
 import pytest

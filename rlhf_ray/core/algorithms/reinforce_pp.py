@@ -6,6 +6,7 @@ Normalising over the batch, not the prompt, keeps the baseline from leaning on t
 Edge case: a batch whose returns are all equal has zero advantages.
 """
 
+import torch
 from torch import Tensor
 
 from rlhf_ray.core.advantages import gae
@@ -16,7 +17,7 @@ def discounted_returns(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """The rewards still to come, twice: as advantages and as returns [N, L]. values and lam are not used."""
-    return gae(rewards, values * 0, mask, gamma, 1.0)  # GAE without a critic, lambda 1, is just that
+    return gae(rewards, torch.zeros_like(values), mask, gamma, 1.0)  # GAE without a critic, lambda 1, is just that
 
 
 REINFORCE_PP = Algorithm(advantages=discounted_returns, whiten="always")
