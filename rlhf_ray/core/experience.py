@@ -83,7 +83,7 @@ def judge(
         "dropped": float((~kept).sum()),
     }
     if len(sources) > 1:
-        numbers |= {f"score_{i}": float(row[kept].mean()) for i, row in enumerate(sources)}
+        numbers |= {f"score_{i}": float(row[kept].mean()) for i, row in enumerate(sources, start=1)}
     if shaping.clip is not None:
         numbers["score_clip_fraction"] = shaped.clip_fraction
     if group_size > 1 and len(same := equal_groups(shaped.scores[kept], groups[kept])):

@@ -5,39 +5,29 @@ iteration (of DPO: optimizer step), as in metrics.jsonl.
 """
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_COLORS = {"base": "#98a2ad", "sft": "#4f81bd", "policy": "#0f766e", "warm": "#c2703d", "plum": "#8b6aa8"}
+from rlhf_ray.evaluation.figure import (
+    COLORS,
+    drawn,
+    from_zero,
+    iterations,
+    line,
+    percent_bars,
+    plot,
+    rate_bar,
+    series,
+    x_iterations,
+)
+
 _PHASES = {"rollout": "#4f81bd", "score": "#8fb3d9", "update": "#0f766e", "weight_sync": "#c2703d"}
 _PHASE_OTHER = ("#b9c0c8", "#8b6aa8", "#d5b35c")
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "svg.fonttype": "path",  # looks the same everywhere; what the plot says is in its label and caption
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#b9c0c8",
-    "axes.labelcolor": "#4b5661",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e9ecef",
-    "xtick.color": "#4b5661",
-    "ytick.color": "#4b5661",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
 
 
 def win_plot(results: Sequence[tuple[str, Mapping[str, Any]]], policy: str = "PPO") -> dict[str, Any] | None:
@@ -49,15 +39,15 @@ def win_plot(results: Sequence[tuple[str, Mapping[str, Any]]], policy: str = "PP
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for y, (text, result) in enumerate(results):
-            _rate_bar(axes, y, result, _COLORS["policy"])
+            rate_bar(axes, y, result, COLORS["policy"])
             axes.text(0.02, y, text, va="center", color="white", weight="bold", fontsize=10)
         top = len(results) - 0.55
-        axes.plot([0.5, 0.5], [-0.45, top], color=_COLORS["warm"], linestyle=(0, (4, 3)), linewidth=1.4)
+        axes.plot([0.5, 0.5], [-0.45, top], color=COLORS["warm"], linestyle=(0, (4, 3)), linewidth=1.4)
         axes.text(0.5, top + 0.03, "even", color="#a3562a", ha="center", va="bottom", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(-0.45, top + 0.32), yticks=[])
-        _percent_bars(axes)
+        percent_bars(axes)
 
-    return _plot(
+    return plot(
         "win",
         f"How often {policy} is preferred",
         f"Bars show the share of held-out prompts on which the judge prefers {policy} (ties count half), "
@@ -77,12 +67,12 @@ def accuracy_plot(results: Sequence[tuple[str, str, Mapping[str, Any]]], gain: s
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for y, (model, _, result) in enumerate(results):
-            _rate_bar(axes, y, result, _COLORS.get(model, _COLORS["policy"]))
+            rate_bar(axes, y, result, COLORS.get(model, COLORS["policy"]))
         axes.set(xlim=(0, 1), ylim=(-0.45, len(results) - 0.55), yticks=range(len(results)),
                  yticklabels=[f"{name}   {result['rate']:.1%}" for _, name, result in results])
-        _percent_bars(axes)
+        percent_bars(axes)
 
-    return _plot(
+    return plot(
         "accuracy",
         "How often the answer is right",
         "Bars show the share of the same held-out prompts that each model answers rightly, by the task's verifier, "
@@ -94,17 +84,17 @@ def accuracy_plot(results: Sequence[tuple[str, str, Mapping[str, Any]]], gain: s
 
 def preference_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Whether DPO went well: its loss, and how it orders the pairs of each batch."""
-    return _drawn(_dpo_loss_plot(rows), _dpo_accuracy_plot(rows))
+    return drawn(_dpo_loss_plot(rows), _dpo_accuracy_plot(rows))
 
 
 def progress_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Whether reinforcement learning went well: score, KL, length and time."""
-    return _drawn(_score_plot(rows), _kl_plot(rows), _length_plot(rows), _phase_plot(rows))
+    return drawn(_score_plot(rows), _kl_plot(rows), _length_plot(rows), _phase_plot(rows))
 
 
 def diagnostic_plots(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Why it went so: losses, clipping, entropy and the critic's fit."""
-    return _drawn(_loss_plot(rows), _clip_plot(rows), _entropy_plot(rows), _fit_plot(rows))
+    return drawn(_loss_plot(rows), _clip_plot(rows), _entropy_plot(rows), _fit_plot(rows))
 
 
 def overoptimisation_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -118,8 +108,8 @@ def overoptimisation_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
         root_kl = np.sqrt(np.maximum([row["kl_per_sequence"] for row in full], 0))
         panels = figure.subplots(2, 1, sharex=True)
         for axes, key, name, color in (
-            (panels[0], "score", "reward", _COLORS["sft"]),
-            (panels[1], "judge_score", "judge", _COLORS["policy"]),
+            (panels[0], "score", "reward", COLORS["sft"]),
+            (panels[1], "judge_score", "judge", COLORS["policy"]),
         ):
             values = np.array([row[key] for row in full], np.float64)
             axes.scatter(root_kl, values, s=16, color=color, alpha=0.55, linewidths=0)
@@ -129,7 +119,7 @@ def overoptimisation_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
             axes.set_ylabel(name)
         panels[1].set_xlabel("√KL from SFT   (KL in nats per response)")
 
-    return _plot(
+    return plot(
         "overoptimisation",
         "Over-optimisation",
         "Each dot is an iteration and each line averages its neighbours: as long as the judge (below) climbs "
@@ -151,18 +141,18 @@ def _smooth(x: np.ndarray, y: np.ndarray, bins: int = 6) -> tuple[np.ndarray, np
 
 
 def _score_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if _series(rows, "score") is None:
+    if series(rows, "score") is None:
         return None
-    judged = _series(rows, "judge_score") is not None
+    judged = series(rows, "judge_score") is not None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "score", _COLORS["sft"], "reward")
-        _line(axes, rows, "judge_score", _COLORS["policy"], "judge")
+        line(axes, rows, "score", COLORS["sft"], "reward")
+        line(axes, rows, "judge_score", COLORS["policy"], "judge")
         if judged:
             axes.legend(loc="best")
         axes.set_ylabel("mean score")
-        _x_iterations(axes)
+        x_iterations(axes)
 
     caption = "The mean reward of each batch should rise and then level off"
     tail = (
@@ -170,21 +160,21 @@ def _score_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         if judged
         else "."
     )
-    return _plot("score", "Score", caption + tail, draw)
+    return plot("score", "Score", caption + tail, draw)
 
 
 def _kl_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if _series(rows, "kl_per_sequence") is None:
+    if series(rows, "kl_per_sequence") is None:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "kl_per_sequence", _COLORS["plum"])
+        line(axes, rows, "kl_per_sequence", COLORS["plum"])
         axes.set_ylabel("nats per response")
-        _from_zero(axes)
-        _x_iterations(axes)
+        from_zero(axes)
+        x_iterations(axes)
 
-    return _plot(
+    return plot(
         "kl",
         "KL from the SFT model",
         "How far the policy has moved from where it began: a steady, bounded "
@@ -194,17 +184,17 @@ def _kl_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _length_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if _series(rows, "response_length") is None:
+    if series(rows, "response_length") is None:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "response_length", _COLORS["warm"])
+        line(axes, rows, "response_length", COLORS["warm"])
         axes.set_ylabel("tokens")
-        _from_zero(axes)
-        _x_iterations(axes)
+        from_zero(axes)
+        x_iterations(axes)
 
-    return _plot(
+    return plot(
         "length",
         "Response length",
         "The mean length should stay roughly level; a strong drift hints that the "
@@ -222,7 +212,7 @@ def _phase_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        x, bottom, spare = _iterations(timed), np.zeros(len(timed)), iter(_PHASE_OTHER * len(names))
+        x, bottom, spare = iterations(timed), np.zeros(len(timed)), iter(_PHASE_OTHER * len(names))
         for name in names:
             seconds = np.array([row["seconds"].get(name) or 0.0 for row in timed], np.float64)
             axes.bar(
@@ -245,9 +235,9 @@ def _phase_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             handlelength=1.0,
             handletextpad=0.4,
         )
-        _x_iterations(axes)
+        x_iterations(axes)
 
-    return _plot(
+    return plot(
         "phases",
         "Time per iteration",
         "Each column is one iteration, split by what the time went into; the "
@@ -260,11 +250,11 @@ def _loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     found = [
         (key, name, color)
         for key, name, color in (
-            ("policy_loss", "policy", _COLORS["policy"]),
-            ("value_loss", "value", _COLORS["sft"]),
-            ("ptx_loss", "ptx", _COLORS["warm"]),
+            ("policy_loss", "policy", COLORS["policy"]),
+            ("value_loss", "value", COLORS["sft"]),
+            ("ptx_loss", "ptx", COLORS["warm"]),
         )
-        if _series(rows, key) is not None
+        if series(rows, key) is not None
     ]
     if not found:
         return None
@@ -272,12 +262,12 @@ def _loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     def draw(figure: Figure) -> None:
         panels = np.atleast_1d(figure.subplots(len(found), 1, sharex=True))
         for axes, (key, name, color) in zip(panels, found, strict=True):
-            _line(axes, rows, key, color)
+            line(axes, rows, key, color)
             axes.set_ylabel(name)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
-        _x_iterations(panels[-1])
+        x_iterations(panels[-1])
 
-    return _plot(
+    return plot(
         "losses",
         "Losses",
         "The policy loss hovers near zero by construction; a value loss should fall as the critic learns, and a "
@@ -288,21 +278,21 @@ def _loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _clip_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    keys = (("clip_fraction", "policy", _COLORS["policy"]), ("value_clip_fraction", "value", _COLORS["sft"]))
-    if all(_series(rows, key) is None for key, _, _ in keys):
+    keys = (("clip_fraction", "policy", COLORS["policy"]), ("value_clip_fraction", "value", COLORS["sft"]))
+    if all(series(rows, key) is None for key, _, _ in keys):
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for key, name, color in keys:
-            _line(axes, rows, key, color, name)
+            line(axes, rows, key, color, name)
         axes.legend(loc="best")
-        _from_zero(axes)
+        from_zero(axes)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylabel("tokens clipped")
-        _x_iterations(axes)
+        x_iterations(axes)
 
-    return _plot(
+    return plot(
         "clip",
         "Clip fraction",
         "The share of tokens where the clip held the update back: a few per cent is "
@@ -313,17 +303,17 @@ def _clip_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _entropy_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if _series(rows, "entropy") is None:
+    if series(rows, "entropy") is None:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "entropy", _COLORS["plum"])
-        _from_zero(axes)
+        line(axes, rows, "entropy", COLORS["plum"])
+        from_zero(axes)
         axes.set_ylabel("nats per token")
-        _x_iterations(axes)
+        x_iterations(axes)
 
-    return _plot(
+    return plot(
         "entropy",
         "Entropy",
         "How varied the policy's next word is: a slow decline is the price of "
@@ -333,20 +323,20 @@ def _entropy_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _fit_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    values = _series(rows, "explained_variance")
+    values = series(rows, "explained_variance")
     if values is None:
         return None
     low = min(float(np.nanmin(values)), 0.0)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "explained_variance", _COLORS["sft"])
+        line(axes, rows, "explained_variance", COLORS["sft"])
         axes.axhline(0, color="#b9c0c8", linewidth=1)
         axes.set_ylim(max(low - 0.05, -1.05), 1.05)  # a critic that starts far off would flatten the rest
         axes.set_ylabel("explained variance")
-        _x_iterations(axes)
+        x_iterations(axes)
 
-    return _plot(
+    return plot(
         "critic",
         "Critic",
         "The share of the returns' variance that the critic predicts: 1 is perfect, 0 no "
@@ -356,16 +346,16 @@ def _fit_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _dpo_loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if _series(rows, "loss") is None:
+    if series(rows, "loss") is None:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "loss", _COLORS["policy"])
+        line(axes, rows, "loss", COLORS["policy"])
         axes.set_ylabel("nats per prompt")
-        _x_iterations(axes, "optimizer step")
+        x_iterations(axes, "optimizer step")
 
-    return _plot(
+    return plot(
         "dpo_loss",
         "Loss",
         "The loss on each batch of comparisons begins at log 2 = 0.69 (less where the labeler saw ties) and should "
@@ -375,103 +365,21 @@ def _dpo_loss_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _dpo_accuracy_plot(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if _series(rows, "accuracy") is None:
+    if series(rows, "accuracy") is None:
         return None
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, rows, "accuracy", _COLORS["sft"])
+        line(axes, rows, "accuracy", COLORS["sft"])
         axes.axhline(0.5, color="#b9c0c8", linewidth=1)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylabel("pairs ordered rightly")
-        _x_iterations(axes, "optimizer step")
+        x_iterations(axes, "optimizer step")
 
-    return _plot(
+    return plot(
         "dpo_accuracy",
         "Implicit reward",
         "The share of each batch's pairs whose preferred response gained more log-probability than the other: it "
         "begins at chance, 50%, and should rise.",
         draw,
     )
-
-
-# --- parts of a figure ---
-
-
-def _rate_bar(axes: Axes, y: float, result: Mapping[str, Any], color: str) -> None:
-    """A bar of `rate` with a whisker of `ci95`."""
-    rate, (low, high) = result["rate"], result["ci95"]
-    axes.barh(y, rate, height=0.52, color=color, alpha=0.88)
-    whisker = [[max(0, rate - low)], [max(0, high - rate)]]
-    axes.errorbar(rate, y, xerr=whisker, color="#1f2933", capsize=4, linewidth=1.6)
-
-
-def _percent_bars(axes: Axes) -> None:
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-
-
-def _drawn(*plots: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return [plot for plot in plots if plot is not None]
-
-
-def _plot(
-    name: str,
-    title: str,
-    caption: str,
-    draw: Callable[[Figure], None],
-    size: tuple[float, float] = (4.9, 2.9),
-) -> dict[str, Any]:
-    """A plot as inline SVG and the sentence that says how to read it; `name` keeps the ids of plots apart."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        text = StringIO()
-        figure.savefig(
-            text,
-            format="svg",
-            transparent=True,
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-        )
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]  # inline in HTML: no XML declaration, no document type
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
-    svg = re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2)  # the page sets the width, viewBox the shape
-    label = Markup.escape(f"{title}. {caption}")
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return {"title": title, "caption": caption, "svg": Markup(svg)}  # drawn here, from numbers alone
-
-
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> np.ndarray | None:
-    """[iterations] float, NaN where a row lacks the key or holds null; None if there is no value at all."""
-    values = np.array([np.nan if row.get(key) is None else float(row[key]) for row in rows], np.float64)
-    return values if np.isfinite(values).any() else None
-
-
-def _iterations(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array([row.get("iteration", row.get("step", i + 1)) for i, row in enumerate(rows)], np.float64)
-
-
-def _line(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, color: str, label: str | None = None
-) -> None:
-    values = _series(rows, key)
-    if values is None:
-        return
-    x, there = _iterations(rows), np.isfinite(values)
-    marker = "o" if there.sum() < 2 or there.sum() < len(rows) / 2 else None  # a single point has no line
-    axes.plot(x[there], values[there], color=color, label=label, marker=marker, markersize=3.5)
-
-
-def _x_iterations(axes: Axes, name: str = "iteration") -> None:
-    axes.set_xlabel(name)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-
-
-def _from_zero(axes: Axes) -> None:
-    """An axis that begins at 0 shows a change in proportion; the line keeps clear of the upper edge."""
-    low, high = min(0.0, axes.dataLim.y0), max(0.0, axes.dataLim.y1)
-    axes.set_ylim(low, high + 0.06 * (high - low) or 1.0)

@@ -94,9 +94,9 @@ def test_two_sources_by_hand():
     """1 * score + 0.1 * other: 1 + 1, 3 - 1 | 5 + 0, 5 + 0. The log has each source as it came, and the sum."""
     out = judged(batch([1, 3, 5, 5], [10, -10, 0, 0]), weights=(1.0, 0.1), kl_coef=0.0)
     torch.testing.assert_close(out.shaped, f64(2, 2, 5, 5), rtol=1e-15, atol=0)
-    assert {key: out.numbers[key] for key in ("score", "score_0", "score_1", "equal_groups")} == {
-        "score": pytest.approx(3.5, rel=1e-15), "score_0": 3.5, "score_1": 0, "equal_groups": 1}
-    assert "score_0" not in judged(batch([1, 3, 5, 5])).numbers
+    assert {key: out.numbers[key] for key in ("score", "score_1", "score_2", "equal_groups")} == {
+        "score": pytest.approx(3.5, rel=1e-15), "score_1": 3.5, "score_2": 0, "equal_groups": 1}
+    assert "score_1" not in judged(batch([1, 3, 5, 5])).numbers
 
 
 def test_the_score_is_raw_and_the_reward_is_shaped():

@@ -19,7 +19,8 @@ SMALL = [
     "experiment=null", "cluster=local", "roles.policy.ranks=2", "model.max_length=64", "data.max_prompt_tokens=24",
     "rollout.max_response_tokens=16", "compare.max_response_tokens=16", "rollout.batch_size=16",
     "algorithm=ppo_ptx", "algorithm.minibatch_size=8", "algorithm.ptx_coef=0.5", "algorithm.ptx_blocks=4",
-    "ppo.iterations=2", "rm.prompts_per_batch=4", "eval.prompts=16", "eval.loss_blocks=8", "roles.generator.shard_size=8",
+    "ppo.iterations=2", "rm.prompts_per_batch=4", "eval.prompts=16", "eval.loss_blocks=8",
+    "roles.generator.shard_size=8",
 ]
 
 

@@ -1,12 +1,13 @@
 """A reward function in a real Ray actor: found in the driver's directory; its errors are one line at the console."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
-from end_to_end.small import small_config
+from end_to_end.small import ppo_run, small_config
 from rlhf_ray import cli
 from rlhf_ray.actors.rewards import RewardFunction
 from rlhf_ray.cluster.group import Cast
@@ -14,6 +15,7 @@ from rlhf_ray.config.load import asset_dir
 from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.core.layout import RoleRequest, plan_layout
 from rlhf_ray.core.types import PromptTexts, RolloutBatch
+from rlhf_ray.errors import UserError
 
 CODE = """
 class Unloadable(Exception):
@@ -67,3 +69,45 @@ def test_a_function_of_the_drivers_directory_scores_and_its_error_is_one_line(
         assert printed(lambda _: cast.ready()) == (
             f"rlhf-ray: error: reward.sources=rewards:scor: no function scor in {tmp_path}/rewards.py: it is not "
             "there; did you mean score?\n")
+
+
+FAILS_LATER = """
+calls = 0
+
+def score(prompts, responses, metadata):
+    global calls
+    calls += 1
+    if calls > 4:  # an iteration is four shards
+        {fault}
+    return [float(len(r)) for r in responses]
+"""
+
+
+@pytest.mark.parametrize(("fault", "says"), [
+    ("raise KeyError('gold')", r"reward.sources=broken:score: raised KeyError: 'gold'"),
+    ("return [float('nan')] * len(responses)", r"reward.sources=broken:score: .*score 0 .*(nan|NaN)"),
+])
+def test_a_source_that_fails_stops_the_run_with_no_iteration_half_applied(
+    ray_session, models, reward_model, tmp_path, monkeypatch, fault, says,
+):
+    """In iteration 2 the function breaks: one line is recorded, and nothing is saved as if the run had ended well."""
+    (tmp_path / "broken.py").write_text(FAILS_LATER.format(fault=fault))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=says):
+        ppo_run(tmp_path / "run", models[0], reward_model, "rloo", ["broken:score"])
+    directory = tmp_path / "run/ppo"
+    assert [json.loads(line)["iteration"] for line in (directory / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert not (directory / "model").exists() and not (directory / "stage.json").exists()
+
+
+def test_a_weighted_sum_of_a_model_and_a_function_is_what_is_learnt_from(
+    ray_session, models, reward_model, tmp_path, monkeypatch,
+):
+    """score = 1 * model + 1 * letters, each logged and timed."""
+    (tmp_path / "letters.py").write_text("def count(p, r, m):\n    return [len(x) / 10 for x in r]\n")
+    monkeypatch.chdir(tmp_path)
+    rows = ppo_run(tmp_path / "run", models[0], reward_model, "rloo", ["model", "letters:count"])
+    for row in rows:
+        assert row["score"] == pytest.approx(row["score_1"] + row["score_2"])
+        assert set(row["reward_seconds"]) == {"reward", "reward_2"} and row["reward_retries"] == 0
+    assert rows[0]["score_2"] > 0

@@ -1,4 +1,4 @@
-"""The small tokenizer and the small Llama. Covers line 2 of the rules in tests/README.md: the template writes one BOS."""
+"""The small tokenizer and the small Llama. Covers rule 2 of tests/README.md: the template writes one BOS."""
 
 from pathlib import Path
 from typing import Any
