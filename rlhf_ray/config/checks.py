@@ -148,6 +148,11 @@ def _missing(cfg: Config, runs: list[str]) -> Iterator[str]:
         if "compare" in runs and cfg.compare.ranker == "file" and not cfg.data.comparisons:
             yield _no_data("comparisons", "compare.ranker=file", "or set compare.ranker=simulated")
         return
+    if cfg.data.source == "reasoning":
+        if ranked := [stage for stage in runs if stage in ("compare", "rm", "dpo")]:
+            yield (f"stages {', '.join(ranked)} rank responses, but the answers of data.source=reasoning are verified: "
+                   "set stages=[sft,ppo,eval] (experiment=reasoning does)")
+        return
     if cfg.compare.ranker == "simulated" and "compare" in runs:
         yield ("compare.ranker=simulated needs the sentiment labels of data.source=reviews, but data.source=files: "
                "set compare.ranker=file and data.comparisons=PATH")

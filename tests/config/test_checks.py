@@ -61,6 +61,7 @@ def test_all_range_problems_come_together() -> None:
     (["reward.timeout_s=1000", "reward.sources=['m:f']"], ["reward.timeout_s=1000", "cluster.call_timeout_s=1800"]),
     (["reward.overlong_tokens=49"], ["reward.overlong_tokens=49", "rollout.max_response_tokens=48"]),
     (["data=reasoning", "stages=[sft,ppo,eval]"], ["reward.sources has `model`", "data.source=reasoning"]),
+    (["data=reasoning", "reward.sources=['m:f']"], ["stages compare, rm rank responses", "data.source=reasoning"]),
     (["alarms.length.threshold=1"], ["alarms.length.threshold=1", "more than 1"]),
     (["algorithm.minibatch_size=1"], ["algorithm.minibatch_size=1", "roles.policy.ranks=2"]),
     (["sft.batch_size=1"], ["sft.batch_size=1", "roles.supervised.ranks=2"]),

@@ -82,20 +82,22 @@ def test_nothing_that_old_weights_computed_is_reused(ray_session, models):
         assert gap(reference, models[1], rollouts(generators, 1)) < 1e-5
 
 
-def test_synced_weights_equal_the_same_weights_loaded_from_disk(ray_session, models):
-    """Greedy tokens are identical, log-probabilities of sampled ones agree to 1e-5 each, seeds being the same."""
-    cfg = small_config(models[1])
+def test_synced_weights_equal_the_same_weights_loaded_from_disk(ray_session, untied_models):
+    """Greedy tokens are identical, log-probabilities of sampled ones agree to 1e-5 each, seeds being the same.
+
+    (Untrained models with tied embeddings would repeat their last token whatever their weights.)"""
+    cfg = small_config(untied_models[1])
     cfg.roles.generator.replicas = 2
     with Cast(roles.layout_of(cfg, ["policy", "generator"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
-        policy = roles.policy_learners(cast, cfg, models[1], 1, None)
+        generators = roles.generators(cast, cfg, untied_models[0], ray.put(PROMPTS), "gloo")
+        policy = roles.policy_learners(cast, cfg, untied_models[1], 1, None)
         cast.ready()
         old = generators.call(Generator.answer, SAMPLES, 0.0, 20)[0]
         connect(cast, policy, generators)
         policy.call(PolicyLearner.push, 1)
         synced_greedy = generators.call(Generator.answer, SAMPLES, 0.0, 20)
         synced = rollouts(generators, 1)
-        generators.call(Generator.load, models[1])
+        generators.call(Generator.load, untied_models[1])
         loaded_greedy = generators.call(Generator.answer, SAMPLES, 0.0, 20)
         loaded = rollouts(generators, 1)
     for i in range(len(SAMPLES)):
