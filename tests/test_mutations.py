@@ -4,7 +4,7 @@ The package is copied, one fault is written into the copy, and the test runs aga
 the faults are those that implementations of PPO have had in releases.
 """
 
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,8 +26,8 @@ PLANTS = {
         "engines/generation.py", "        self.llm.reset_prefix_cache()\n", "",
         "tests/end_to_end/test_weight_sync.py::test_nothing_that_old_weights_computed_is_reused"),
     "EOS outside the mask": (
-        "core/types.py", "return place >= np.repeat(self.prompt_lengths, self.lengths)",
-        "return (place >= np.repeat(self.prompt_lengths, self.lengths)) & (self.ids != 1)",
+        "core/types.py", '(never from `ids != pad`)."""\n        return _behind(self.prompt_lengths, self.lengths)',
+        '"""\n        return _behind(self.prompt_lengths, self.lengths) & (self.ids != 1)',
         "tests/core/test_types.py::test_a_sampled_eos_is_an_action"),
     "whitening per rank": (
         "actors/policy.py", "Moments(*self.learner.sum(spread.total, spread.squares, spread.count))", "spread",
@@ -49,9 +49,10 @@ def test_a_planted_fault_is_noticed(plant: str, tmp_path: Path) -> None:
     assert source.count(right) == 1, f"{file} no longer says: {right}"
     path.write_text(source.replace(right, wrong))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test], cwd=ROOT, text=True, check=False,
-        capture_output=True, timeout=600, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        # from the copy's directory: Python and Ray's workers look there first
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml",
+         f"--rootdir={ROOT}", ROOT / test], cwd=tmp_path, text=True, check=False, capture_output=True, timeout=600,
     )
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]  # 1: tests ran, and some failed
-    assert f"FAILED {test.split('[')[0]}" in done.stdout
+    assert re.search(rf"^FAILED \S*{test.split('[')[0]}", done.stdout, re.MULTILINE)
     assert "AssertionError" in done.stdout or "UserError" in done.stdout  # by its own judgement, not by a crash
