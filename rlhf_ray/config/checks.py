@@ -262,8 +262,7 @@ def _rewards(cfg: Config, runs: list[str]) -> Iterator[str]:
 
 def _alarms(cfg: Config, runs: list[str]) -> Iterator[str]:
     if cfg.alarms.length.threshold <= 1:
-        yield (f"alarms.length.threshold={cfg.alarms.length.threshold:g} is a factor, in either direction: it must be "
-               "more than 1")
+        yield (f"alarms.length.threshold={cfg.alarms.length.threshold:g} is a factor: it must be more than 1")
 
 
 def _devices(cfg: Config, runs: list[str]) -> Iterator[str]:

@@ -61,7 +61,10 @@ def entropy(values: Mapping[str, Any], baseline: float | None, threshold: float)
 
 
 def length(values: Mapping[str, Any], baseline: float | None, threshold: float) -> Finding | None:
-    """`response_length` (tokens) over `baseline`, its mean over the warm-up: above `threshold`, or below its inverse.
+    """`response_length` (tokens) over `baseline`, its mean over the warm-up: above `threshold`, below 1 / threshold^2.
+
+    Downwards the factor counts twice, for a policy that learns to come to an end may well halve its responses: of 20
+    healthy runs of the quickstart's task (4 algorithms, 5 seeds) 7 went below 1 / 1.6, none below 1 / 1.8.
 
     The baseline is of the first iterations, so a policy that is paid for length has hardly grown by then. What rings
     is bounded by rollout.max_response_tokens: a limit below threshold x baseline can only be reached downwards.
@@ -69,14 +72,15 @@ def length(values: Mapping[str, Any], baseline: float | None, threshold: float) 
     tokens = _number(values, "response_length")
     if tokens is None or baseline is None or baseline <= 0:
         return None
-    if tokens <= threshold * baseline and baseline <= threshold * tokens:
+    if tokens <= threshold * baseline and baseline <= threshold**2 * tokens:
         return None
     longer = tokens > baseline
+    factor = f"{threshold:g}" if longer else f"1/{threshold:g}^2"
     cause = "longer ones may be what the reward pays for" if longer else "the reward may pay for saying little"
     cure = "set reward.overlong_tokens, or " if longer else ""
     return tokens / baseline, (
         f"responses are {tokens:.3g} tokens long, {tokens / baseline:.3g} times the {baseline:.3g} they began with and "
-        f"beyond a factor of alarms.length.threshold={threshold:g}: {cause}; read samples, and {cure}raise "
+        f"beyond {factor} (alarms.length.threshold={threshold:g}): {cause}; read samples, and {cure}raise "
         "algorithm.kl_coef or mend the reward"
     )
 

@@ -76,11 +76,11 @@ def test_entropy_is_compared_with_its_mean_over_the_warm_up():
 
 
 def test_length_rings_in_both_directions():
-    """Warm-up mean 20; with a factor of 1.6 the bounds are 32 and 12.5."""
-    tokens = {1: 18.0, 2: 22.0, 3: 31.9, 4: 32.1, 5: 12.6, 6: 12.4}
+    """Warm-up mean 20; with a factor of 1.6 the bounds are 32 and 20 / 2.56 = 7.8125."""
+    tokens = {1: 18.0, 2: 22.0, 3: 31.9, 4: 32.1, 5: 7.9, 6: 7.8}
     longer, shorter = replay(every_time("length"), lines(6, response_length=tokens.get))
     assert (longer.iteration, longer.value) == (4, pytest.approx(1.605))
-    assert (shorter.iteration, shorter.value) == (6, pytest.approx(0.62))
+    assert (shorter.iteration, shorter.value) == (6, pytest.approx(0.39))
     assert "pays for" in longer.message and "saying little" in shorter.message
     (nothing,) = replay(every_time("length"), lines(3, response_length={1: 20.0, 2: 20.0, 3: 0.0}.get))
     assert nothing.value == 0
