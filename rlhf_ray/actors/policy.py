@@ -17,7 +17,7 @@ from rlhf_ray.actors.generator import RayEngines
 from rlhf_ray.actors.learners import RLLearner, ScoredShard, Window
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.algorithms.registry import ALGORITHMS
-from rlhf_ray.core.experience import Responses, judge, token_advantages
+from rlhf_ray.core.experience import Responses, assess, token_advantages
 from rlhf_ray.core.importance import effective_sample_size, importance_weights
 from rlhf_ray.core.kl import k1
 from rlhf_ray.core.losses import Clip, entropy_loss, kl_loss, lm_loss, policy_loss
@@ -110,14 +110,13 @@ class PolicyLearner(RLLearner):
         """
         a, in_reward = self.algorithm, kl_coef if self.algorithm.kl_in == "reward" else 0.0
         loaded = [_Loaded.read(s) for s in shards]
-        columns = 4 + len(weights)
-        mine = [x.responses.table() for x in loaded] or [np.zeros((0, columns))]
-        judgement = judge(Responses.from_table(self.learner.gather(np.concatenate(mine))), self.kind, weights, shaping,
-                          in_reward, self.sampling.group_size, seen)
+        mine = [x.responses.table() for x in loaded] or [np.zeros((0, 4 + len(weights)))]
+        everybody = Responses.from_table(self.learner.gather(np.concatenate(mine)))
+        assessment = assess(everybody, self.kind, weights, shaping, in_reward, self.sampling.group_size, seen)
         parts, spread = [], Moments()
         for x in loaded:
-            rows = judgement.rows(x.rollout.positions)
-            advantages, returns, kept = token_advantages(self.kind, judgement, rows, x.kl, x.values, x.mask, in_reward,
+            rows = assessment.rows(x.rollout.positions)
+            advantages, returns, kept = token_advantages(self.kind, assessment, rows, x.kl, x.values, x.mask, in_reward,
                                                          a.gamma, a.lam)
             parts.append((x, advantages, returns, kept))
             spread += moments(advantages, kept)
@@ -141,13 +140,13 @@ class PolicyLearner(RLLearner):
                 critic.append(ray.put(CriticBatch(
                     ids=r.ids, lengths=r.lengths, in_response=in_response, values=unpad(x.values, x.filled),
                     returns=unpad(returns, x.filled))))
-        numbers = judgement.numbers
+        numbers = assessment.numbers
         if a.importance_cap is not None:
             w, squares, count, capped = self.learner.sum(*importance)
             numbers |= {"importance_ess": effective_sample_size(w, squares, count),
                         "importance_clip_fraction": capped / max(1.0, count),
                         "importance_max": self.learner.max(largest)}
-        return Prepared(policy, critic, numbers, judgement.seen)
+        return Prepared(policy, critic, numbers, assessment.seen)
 
     # -- updates -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """From scored responses to advantages, for any algorithm.
 
-Two steps. `judge` looks at the whole batch, one row per response, and is computed alike on every rank: what became of
+Two steps. `assess` looks at the whole batch, one row per response, and is computed alike on every rank: what became of
 the scores, which responses count, the advantages of groups, and the numbers to log. `token_advantages` spreads the
 result over the tokens of one shard.
 """
@@ -43,7 +43,7 @@ class Responses:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Assessment:
     """shaped float64 [N], kept bool [N], advantages float64 [N] or None (they are per token), in the order of
     positions; numbers: to be logged; seen: moments of the raw scores of this batch."""
 
@@ -59,10 +59,10 @@ class Judgement:
         return np.searchsorted(self.positions, positions)
 
 
-def judge(
+def assess(
     responses: Responses, algorithm: Algorithm, weights: list[float], shaping: Shaping, kl_coef: float,
     group_size: int, seen: Moments,
-) -> Judgement:
+) -> Assessment:
     """weights [S] of the sources; kl_coef: 0 if KL is not in the reward; seen: of the iterations before this one."""
     sources, tokens, kl = (torch.as_tensor(x) for x in (responses.scores, responses.tokens, responses.kl))
     raw = combine(sources, torch.tensor(weights, dtype=torch.float64))
@@ -72,7 +72,7 @@ def judge(
     numbers = {"truncated": float(truncated.double().mean()), "response_length": float(tokens.mean())}
     advantages = None if algorithm.group_advantages is None else torch.zeros_like(raw)
     if not now.count:
-        return Judgement(responses.positions, raw, counted, advantages, numbers, now)
+        return Assessment(responses.positions, raw, counted, advantages, numbers, now)
     shaped = shape_scores(raw, truncated, tokens, seen + now, shaping)
     kept = shaped.kept
     rewards = shaped.scores - kl_coef * kl
@@ -90,23 +90,23 @@ def judge(
         numbers["equal_groups"] = float(same.double().mean())
     if algorithm.group_advantages is not None and advantages is not None:
         advantages[kept] = algorithm.group_advantages(rewards[kept], groups[kept])
-    return Judgement(responses.positions, shaped.scores, kept, advantages, numbers, now)
+    return Assessment(responses.positions, shaped.scores, kept, advantages, numbers, now)
 
 
 def token_advantages(
-    algorithm: Algorithm, judgement: Judgement, rows: np.ndarray, kl: Tensor, values: Tensor, mask: Tensor,
+    algorithm: Algorithm, assessment: Assessment, rows: np.ndarray, kl: Tensor, values: Tensor, mask: Tensor,
     kl_coef: float, gamma: float, lam: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages, returns, mask), each [N, L], of the responses at `rows` of the judgement.
+    """(advantages, returns, mask), each [N, L], of the responses at `rows` of the assessment.
 
     kl, values [N, L]; mask bool [N, L]: response tokens; the mask that comes back is False on responses left out.
     kl_coef: 0 if KL is not in the reward.
     """
-    kept = mask & judgement.kept[rows][:, None]
-    if judgement.advantages is not None:
-        whole = judgement.advantages[rows].to(kl.dtype)[:, None]
+    kept = mask & assessment.kept[rows][:, None]
+    if assessment.advantages is not None:
+        whole = assessment.advantages[rows].to(kl.dtype)[:, None]
         return torch.where(kept, whole, 0), torch.zeros_like(kl), kept
     assert algorithm.advantages is not None
-    rewards = token_rewards(judgement.shaped[rows].to(kl.dtype), kl, mask, kl_coef)
+    rewards = token_rewards(assessment.shaped[rows].to(kl.dtype), kl, mask, kl_coef)
     advantages, returns = algorithm.advantages(rewards, values, mask, gamma, lam)
     return torch.where(kept, advantages, 0), returns, kept
