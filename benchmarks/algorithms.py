@@ -25,12 +25,13 @@ import ray
 from rlhf_ray.cluster.group import Cast
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.load import compose
-from rlhf_ray.config.schema import Config
+from rlhf_ray.config.schema import AlarmsConfig, Config
 from rlhf_ray.data.blocks import some_blocks, token_blocks
 from rlhf_ray.data.prompts import encode_prompts
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import render_prompt
 from rlhf_ray.evaluation.statistics import distinct_n, win_rate
+from rlhf_ray.metrics.alarms import replay
 from rlhf_ray.metrics.recorder import read_history
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages import dpo, ppo
@@ -114,14 +115,13 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         won = win_rate(a.judge, sft.judge, cfg.eval.tie_margin, cfg.eval.bootstrap_samples, 0)
         directory = args.out / name / ("dpo" if algorithm == "dpo" else "ppo")
         history = read_history(directory)
-        rung = directory / "alarms.jsonl"
         assert a.rm is not None
         rows.append(Row(
             algorithm, int(number), won.wins, won.ties, won.losses, won.rate, *won.ci95, float(a.kl.mean()),
             float(a.judge.mean()), float(a.rm.mean()), distinct_n(a.texts, 2) / distinct_n(sft.texts, 2),
             a.held_out_loss / sft.held_out_loss, float(a.lengths.mean()),
             history[-1]["seconds"] if algorithm == "dpo" else sum(sum(h["seconds"].values()) for h in history),
-            [json.loads(line)["name"] for line in rung.read_text().splitlines()] if rung.exists() else [],
+            [] if algorithm == "dpo" else [alarm.name for alarm in replay(AlarmsConfig(), history)],
         ))
     return sorted(rows, key=lambda r: (args.algorithms.index(r.algorithm), r.seed))
 
