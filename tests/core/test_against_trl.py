@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf_ray.core.algorithms.dpo import dpo_loss
 from rlhf_ray.core.algorithms.registry import ALGORITHMS
-from rlhf_ray.core.experience import Judgement, Responses, judge
+from rlhf_ray.core.experience import Assessment, Responses, assess
 from rlhf_ray.core.importance import importance_weights
 from rlhf_ray.core.kl import k3
 from rlhf_ray.core.logprobs import token_logprobs
@@ -213,11 +213,11 @@ def rloo_generated(trl: Any, scores: Tensor, beta: float) -> dict[str, Any]:
 
 
 def judged(algorithm: str, scores: Tensor, kl_coef: float = 0.0, truncated: tuple[int, ...] = NONE,
-           weights: tuple[float, ...] | None = None) -> Judgement:
+           weights: tuple[float, ...] | None = None) -> Assessment:
     kl = torch.where(MASK, OLD - REF, 0).sum(1)
     responses = Responses(np.arange(N, dtype=float), np.array(truncated, dtype=float), LENGTHS.double().numpy(),
                           kl.numpy(), scores.T.numpy())
-    return judge(responses, ALGORITHMS[algorithm], list(weights or [1.0] * scores.shape[1]), Shaping("drop"), kl_coef,
+    return assess(responses, ALGORITHMS[algorithm], list(weights or [1.0] * scores.shape[1]), Shaping("drop"), kl_coef,
                  N // 2, Moments())
 
 
