@@ -1,7 +1,8 @@
 """rlhf-ray STAGE [hydra overrides]: compose, check, and only then import the one stage that runs.
 
-Exit status: 0 done; 1 failed (with a traceback; or, from doctor, something needed is missing); 2 the user can fix it
-(one line on stderr for each problem); 130 Ctrl-C; 143 SIGTERM.
+Exit status: 0 done; 1 failed (with a post-mortem or a traceback; or, from doctor, something needed is missing); 2 the
+user can fix it (one line on stderr for each problem); 130 Ctrl-C; 143 SIGTERM. After the last two the same command goes
+on from the checkpoint that was saved.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import NoReturn
 
 from rlhf_ray.config.checks import check_model, stages_of, validate
 from rlhf_ray.config.load import compose, conf_dir, to_yaml
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailed, UserError
 
 STAGES = {
     "pretrain": "train a base model on plain text",
@@ -25,6 +26,7 @@ STAGES = {
     "dpo": "train the policy on the rankings directly (DPO); instead of rm and ppo",
     "eval": "compare the policy with SFT and base; report.json and report.html",
     "pipeline": "all stages of the recipe in order, skipping what is done and unchanged",
+    "export": "write a stage's model, or a checkpoint of ppo, as a Hugging Face directory with a model card",
     "doctor": "what this machine has and lacks, and what to do about it",
 }
 EXAMPLES = """\
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(cause if isinstance(cause, UserError) else error).splitlines():
             print(f"rlhf-ray: error: {line}", file=sys.stderr)
         return 2
+    except RunFailed as failed:
+        print(f"rlhf-ray: failed; {failed}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("rlhf-ray: interrupted", file=sys.stderr)
         return 130

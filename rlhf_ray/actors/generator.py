@@ -51,6 +51,7 @@ class Generator(Role):
         """
         if self.engine.version != version:
             raise RuntimeError(f"asked for a rollout of weights {version}, this engine holds {self.engine.version}")
+        self.engine.forget_prefixes()  # so that the same samples give the same bits, whatever came before
         started, finished = time.monotonic(), []
         for response in self._sample(samples, temperature, max_tokens):
             finished.append(response)
@@ -62,6 +63,7 @@ class Generator(Role):
 
     def answer(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> list[np.ndarray]:
         """Response token ids int32 [n] of every sample, in order."""
+        self.engine.forget_prefixes()
         responses = {r.index: r.ids for r in self._sample(samples, temperature, max_tokens)}
         return [responses[i] for i in range(len(samples))]
 

@@ -16,7 +16,7 @@ import ray
 import torch
 from torch import Tensor
 
-from rlhf_ray.cluster.role import Role
+from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.losses import explained_variance, value_loss
 from rlhf_ray.core.masked import Moments, moments
@@ -48,10 +48,9 @@ class Window:
     ptx: np.ndarray
 
 
-class RLLearner(Role):
+class RLLearner(LearnerRole):
     """Base of the two: packing, and rows of batches."""
 
-    learner: Learner
     cfg: LearnerConfig
     row_length: int
     one_row: bool
@@ -76,10 +75,13 @@ class RLLearner(Role):
 class CriticLearner(RLLearner):
     """The value function: starts as the reward model, head included; without one as the policy, with a head of 0."""
 
+    role = "critic"
+
     def setup(
         self, where: Rank, path: str, model: ModelConfig, cfg: LearnerConfig, optimizer: OptimizerConfig,
         algorithm: AlgorithmConfig, total_steps: int, seed: int, timeout_s: float,
     ) -> None:
+        self.leave()
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
         self.cfg, self.row_length, self.one_row, self.algorithm = cfg, model.max_length, one_row(model), algorithm

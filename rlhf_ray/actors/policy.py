@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_ray.actors.generator import RayEngines
@@ -31,6 +33,8 @@ from rlhf_ray.models.modules import CausalLM
 
 if TYPE_CHECKING:
     from rlhf_ray.engines.weight_sync import WeightSender
+
+EMA = "ema.safetensors"  # in a checkpoint: the averaged weights
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,14 @@ class Prepared:
 class PolicyLearner(RLLearner):
     """One ZeRO-3 rank of the policy."""
 
+    role = "policy"
+
     def setup(
         self, where: Rank, path: str, model: ModelConfig, cfg: LearnerConfig, optimizer: OptimizerConfig,
         algorithm: AlgorithmConfig, sampling: Sampling, total_steps: int, ptx: TokenDataset | None, seed: int,
         timeout_s: float,
     ) -> None:
+        self.leave()
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
         self.path, self.cfg, self.dtype, self.row_length = path, cfg, model.dtype, model.max_length
@@ -71,6 +78,8 @@ class PolicyLearner(RLLearner):
         self.model = load_causal_lm(path, model)
         self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device)
         self.average: dict[str, Tensor] = {}  # EMA of the weights, float32, on rank 0
+        self.averaged: dict[str, int] = {}  # up to which version
+        self.version = 0
         self.sender: WeightSender | None = None
 
     def score(self, shards: Sequence[Any]) -> tuple[list[Any], list[float]]:
@@ -247,9 +256,14 @@ class PolicyLearner(RLLearner):
         self, generators: Sequence[Any], workers_each: int, backend: str, meeting_point: tuple[str, int],
         bucket_mib: float, timeout_s: float,
     ) -> None:
-        """Open the wire to the generators; they and rank 0 meet at `meeting_point` (on rank 0's node)."""
+        """Open the wire to the generators; they and rank 0 meet at `meeting_point` (on rank 0's node).
+
+        Called again, when generators were replaced, it closes the old wire.
+        """
         from rlhf_ray.engines.weight_sync import WeightSender  # imports vllm, which only these ranks need
 
+        if self.sender is not None:
+            self.sender.close()
         engines = RayEngines(generators, workers_each, timeout_s)
         observe = self._observe if self.algorithm.ema_decay and self.learner.rank == 0 else None
         self.sender = WeightSender(self.learner, engines, backend, *meeting_point, bucket_mib, observe)
@@ -258,14 +272,32 @@ class PolicyLearner(RLLearner):
         """Bring all generators to the current weights; they then hold `version`, or this raises."""
         if self.sender is None:
             raise RuntimeError("push before connect")
+        self.version = version
         self.sender.push(version)
 
     def _observe(self, name: str, weight: Tensor) -> None:
-        # The sync shows rank 0 every whole weight once per iteration: the moment to average them.
+        # The sync shows rank 0 every whole weight once per iteration: the moment to average them. A sync that has to
+        # be done again shows the same ones.
+        if self.averaged.get(name) == self.version:
+            return
+        self.averaged[name] = self.version
         if name in self.average:
             self.average[name].lerp_(weight.detach().float().cpu(), 1 - self.algorithm.ema_decay)
         else:
             self.average[name] = weight.detach().float().cpu().clone()
+
+    def more(self) -> list[tuple[str, dict[str, Tensor], dict[str, Any]]]:
+        average = {name: tensor.clone() for name, tensor in self.average.items()}
+        return [(EMA, average, {"version": self.version})] if average else []
+
+    def restore(self, directory: str) -> None:
+        super().restore(directory)
+        file = Path(directory) / EMA
+        if self.learner.rank == 0 and file.is_file():
+            with safe_open(file, framework="pt") as saved:
+                self.version = json.loads(saved.metadata()["header"])["version"]
+                self.average = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+            self.averaged = dict.fromkeys(self.average, self.version)
 
     def save(self, path: str) -> None:
         """Write the policy as a Hugging Face directory: the averaged weights if there is an EMA."""

@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from rlhf_ray.cluster.role import Role
+from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import DPOConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.algorithms.dpo import DPOLoss, dpo_loss, implicit_rewards
 from rlhf_ray.core.losses import RankingLoss, lm_loss, ranking_loss
@@ -19,18 +21,23 @@ from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
 from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, save_model
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
+REFERENCE = "reference.safetensors"  # in a checkpoint of DPO: the responses' log-probabilities under the first weights
 
-class SupervisedLearner(Role):
+
+class SupervisedLearner(LearnerRole):
     """One ZeRO-3 rank. `objective`: "lm" reads a TokenDataset, "ranking" and "dpo" a RankedDataset.
 
     "dpo" needs its options and, before the first step, `remember_reference`.
     """
+
+    role = "supervised"
 
     def setup(
         self, where: Rank, objective: str, path: str, data: TokenDataset | RankedDataset, model: ModelConfig,
         learner: LearnerConfig, optimizer: OptimizerConfig, total_steps: int, seed: int, dropout: float = 0.0,
         autocast: bool = False, timeout_s: float = 1800.0, dpo: DPOConfig | None = None,
     ) -> None:
+        self.leave()
         torch.manual_seed(seed)
         device = join_group(where, learner.threads, timeout_s)
         self.objective, self.data, self.cfg, self.path = objective, data, learner, path
@@ -86,6 +93,17 @@ class SupervisedLearner(Role):
         found = self.learner.gather(np.column_stack([np.array(chosen, dtype=np.float64), values.double().numpy()]))
         self.reference = np.full(len(self.data.lengths), np.nan)  # so that none can be forgotten
         self.reference[found[:, 0].astype(np.int64)] = found[:, 1]
+
+    def more(self) -> list[tuple[str, dict[str, Tensor], dict[str, Any]]]:
+        if self.reference is None or self.learner.rank:
+            return []
+        return [(REFERENCE, {"logprobs": torch.as_tensor(self.reference)}, {})]
+
+    def restore(self, directory: str) -> None:
+        super().restore(directory)
+        if self.dpo is not None:
+            with safe_open(Path(directory) / REFERENCE, framework="pt") as saved:
+                self.reference = saved.get_tensor("logprobs").numpy()
 
     def save(self, path: str, dtype: str, config: dict[str, object]) -> None:
         """Write a Hugging Face directory (rank 0; the others take part in the gather)."""

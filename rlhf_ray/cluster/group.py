@@ -7,17 +7,21 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rlhf_ray.cluster.health import HEALTH, Health, Member
+from rlhf_ray.cluster.post_mortem import write_post_mortem
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.cluster.runtime import nodes
 from rlhf_ray.config.schema import ClusterConfig
 from rlhf_ray.core.layout import Layout, shortfall
-from rlhf_ray.errors import UserError
+from rlhf_ray.errors import RunFailed, UserError
 
 # Nothing that runs in a role asks a hub or a usage server for anything.
 _ROLE_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -45,6 +49,11 @@ class Group:
     def __len__(self) -> int:
         return len(self.actors)
 
+    @property
+    def ids(self) -> set[str]:
+        """Ray's ids of the actors, as `debtors` gives them."""
+        return {actor._actor_id.hex() for actor in self.actors}
+
     def start(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
         """Call `method` (named as `Class.method`) on every actor with the same arguments; references come back."""
         return [getattr(a, method.__name__).remote(*args, **kwargs) for a in self.actors]
@@ -66,18 +75,32 @@ class Group:
         return wait([ref], self.timeout_s, f"{self.role}.{method.__name__}")[0]
 
 
+class Overdue(TimeoutError):
+    """A call that was not answered in time. debtors: ids of the actors who owe an answer."""
+
+    def __init__(self, text: str, debtors: set[str]):
+        super().__init__(text)
+        self.debtors = debtors
+
+
 def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any]:
     """Results of all references; the first failure is raised at once, without waiting for the others.
 
-    Raises TimeoutError naming `what` after `timeout_s` seconds.
+    Raises Overdue naming `what` after `timeout_s` seconds.
     """
     pending, deadline = list(refs), time.monotonic() + timeout_s
     while pending:
         done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
-            raise TimeoutError(f"{what} did not answer within {timeout_s:.0f} s ({len(pending)} of {len(refs)} calls)")
+            raise Overdue(f"{what} did not answer within {timeout_s:.0f} s ({len(pending)} of {len(refs)} calls)",
+                          debtors(pending))
         ray.get(done)
     return list(ray.get(list(refs)))
+
+
+def debtors(refs: Sequence[Any]) -> set[str]:
+    """Ids of the actors who are to answer these calls."""
+    return {ref.task_id().actor_id().hex() for ref in refs}
 
 
 def free_port() -> int:
@@ -87,6 +110,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+IO = "io"  # the concurrency group of what may run beside an actor's work
+_GRACE_S = 5.0
 _CASTS = itertools.count(1)  # names of actors are unique in a run: a killed one frees its name only later
 
 
@@ -95,12 +120,29 @@ def _meeting_point() -> tuple[str, int]:
     return str(ray.util.get_node_ip_address()), free_port()
 
 
-class Cast:
-    """The actors of a stage: one placement group, one group of actors per role. A context manager."""
+@dataclass
+class _Part:
+    """How an actor is made."""
 
-    def __init__(self, layout: Layout, cfg: ClusterConfig):
-        self.layout, self.cfg = layout, cfg
+    actor_class: type[Role]
+    args: tuple[Any, ...]
+    threads: int
+    takes: int = 0
+
+
+class Cast:
+    """The actors of a stage: one placement group, one group of actors per role. A context manager.
+
+    Its `health` watches them; one that is gone can be replaced in its place.
+    """
+
+    def __init__(self, layout: Layout, cfg: ClusterConfig, directory: Path | None = None):
+        self.layout, self.cfg, self.directory = layout, cfg, directory
         self.groups: list[Group] = []
+        self.health = Health(cfg.heartbeat_s, cfg.heartbeat_timeout_s)
+        self.phase = "start"  # this and the iteration are for the post-mortem
+        self.iteration: int | None = None
+        self._parts: dict[tuple[str, int], _Part] = {}
         self._placement: PlacementGroup | None = None
         self._number = next(_CASTS)
         self._setups: list[ray.ObjectRef] = []
@@ -117,9 +159,26 @@ class Cast:
             remove_placement_group(self._placement)
             raise UserError(f"no resources within cluster.start_timeout_s={self.cfg.start_timeout_s:.0f} s: asked for "
                             f"{bundles}, free now {ray.available_resources()}; is another run using the cluster?")
+        self.health.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.directory and isinstance(error, Exception) and not isinstance(error, UserError):
+                raise RunFailed(f"what is known about it: {self._post_mortem(self.directory, error)}") from error
+        finally:
+            self._end()
+
+    def _post_mortem(self, directory: Path, error: Exception) -> Path:
+        config = directory / "config.yaml"
+        return write_post_mortem(directory, self.health.members.values(), error, self.phase, self.iteration,
+                                 config.read_text() if config.is_file() else "",
+                                 sum(part.takes for part in self._parts.values()))
+
+    def _end(self) -> None:
+        self.health.stop()
         for group in self.groups:
             for actor in group.actors:
                 ray.kill(actor)
@@ -144,26 +203,78 @@ class Cast:
         self, actor_class: type[Role], role: str, per_actor: Sequence[tuple[Any, ...]], threads: int
     ) -> Group:
         """Start one actor per argument tuple, with its share of the layout; they come up side by side: see `ready`."""
-        actors = []
-        for i in range(len(per_actor)):
-            env = {**_ROLE_ENV, "OMP_NUM_THREADS": str(threads)}
-            if not self.layout.shares[role, i].gpus:
-                env["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the node's GPUs in sight of actors that asked for none
-            options: Any = ray.remote(actor_class).options(
-                name=f"{role}-{i}.{self._number}",
-                num_cpus=self.layout.shares[role, i].cpus,
-                num_gpus=self.layout.shares[role, i].gpus,
-                max_concurrency=1,
-                scheduling_strategy=self._in_bundle(role, i),
-                runtime_env={"env_vars": env},
-            )
-            actors.append(options.remote())
-        group = Group(role, actors, self.cfg.call_timeout_s)
+        for i, args in enumerate(per_actor):
+            self._parts[role, i] = _Part(actor_class, args, threads)
+        group = Group(role, [self._launch(role, i) for i in range(len(per_actor))], self.cfg.call_timeout_s)
         self.groups.append(group)
         self._setups += group.start_each(actor_class.setup, per_actor)
         return group
 
     def ready(self) -> list[ActorInfo]:
         """Wait until every actor answers; raises what the first failing one raised."""
-        wait(self._setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
-        return [ActorInfo(role=group.role, **info) for group in self.groups for info in group.call(Role.describe)]
+        setups, self._setups = self._setups, []
+        wait(setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
+        self.health.started()
+        return [ActorInfo(group.role, *(info[k] for k in ("name", "actor_class", "node", "pid")))
+                for group in self.groups for info in group.call(Role.describe)]
+
+    # -- when actors are lost --------------------------------------------------------------------------------
+
+    def lost(self, error: BaseException) -> list[Member]:
+        """Who is gone. Waits a few seconds for it: whoever worked with an actor that died may notice before Ray does.
+
+        An actor that owes an answer which is overdue is killed first.
+        """
+        if isinstance(error, Overdue):
+            for group in self.groups:
+                for i, actor in enumerate(group.actors):
+                    if actor._actor_id.hex() in error.debtors:
+                        self.health.kill(self._name(group.role, i), "overdue", str(error))
+        deadline = time.monotonic() + _GRACE_S
+        while not (gone := self.health.look()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return gone
+
+    def replace(self, member: Member, set_up: bool = True) -> None:
+        """Start a new actor in the place of one that is gone; it comes up in the background: see `ready`.
+
+        set_up: as the old one was; else `set_up_again` is still to come.
+        """
+        group, i = self.group(member.role), member.index
+        self.health.forget(member.name)
+        ray.kill(group.actors[i])
+        self._parts[member.role, i].takes += 1
+        group.actors[i] = self._launch(member.role, i)
+        if set_up:
+            self._setups.append(group.actors[i].setup.remote(*self._parts[member.role, i].args))
+
+    def set_up_again(self, group: Group, per_actor: Sequence[tuple[Any, ...]]) -> None:
+        """Call `setup` on all actors of a group, those that live too, with new arguments."""
+        for i, args in enumerate(per_actor):
+            self._parts[group.role, i].args = args
+            self._setups.append(group.actors[i].setup.remote(*args))
+
+    def args(self, group: Group) -> list[tuple[Any, ...]]:
+        """What each actor of the group was last set up with."""
+        return [self._parts[group.role, i].args for i in range(len(group))]
+
+    def group(self, role: str) -> Group:
+        return next(g for g in self.groups if g.role == role)
+
+    def _name(self, role: str, i: int) -> str:
+        takes = self._parts[role, i].takes
+        return f"{role}-{i}.{self._number}" + (f".{takes}" if takes else "")
+
+    def _launch(self, role: str, i: int) -> Any:
+        part, share, name = self._parts[role, i], self.layout.shares[role, i], self._name(role, i)
+        env = {**_ROLE_ENV, "OMP_NUM_THREADS": str(part.threads)}
+        if not share.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the node's GPUs in sight of actors that asked for none
+        remote: Any = ray.remote
+        options = remote(concurrency_groups={HEALTH: 1, IO: 1})(part.actor_class).options(
+            name=name, num_cpus=share.cpus, num_gpus=share.gpus, max_concurrency=1,
+            scheduling_strategy=self._in_bundle(role, i), runtime_env={"env_vars": env},
+        )
+        actor = options.remote()
+        self.health.watch(Member(role, i, name, actor))
+        return actor

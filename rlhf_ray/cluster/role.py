@@ -1,9 +1,13 @@
 """What every role has in common."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
+
+from rlhf_ray.cluster.health import Pulse
+from rlhf_ray.metrics.memory import own_pulse_numbers
 
 
 class Role:
@@ -16,12 +20,18 @@ class Role:
     def setup(self, *args: Any) -> None:
         """Load and connect."""
 
-    def describe(self) -> dict[str, str | int]:
-        """Name, class, node and process of this actor."""
+    def describe(self) -> dict[str, Any]:
+        """Name, class, node and process of this actor, and the files of its standard output and error."""
         context = ray.get_runtime_context()
         return {
             "name": context.get_actor_name() or "",
             "actor_class": type(self).__name__,
             "node": ray.util.get_node_ip_address(),
+            "node_id": context.get_node_id(),
             "pid": os.getpid(),
+            "logs": tuple(str(Path(f"/proc/self/fd/{fd}").resolve()) for fd in (1, 2)),
         }
+
+    def pulse(self) -> Pulse:
+        """A sign of life, on a thread of its own (concurrency group `health`)."""
+        return Pulse(*own_pulse_numbers())

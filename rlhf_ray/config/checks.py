@@ -59,8 +59,8 @@ def validate(cfg: Config, stage: str) -> None:
         runs = stages_of(cfg, stage)
         problems = [
             problem
-            for check in (_pipeline, _missing, _lengths, _batches, _algorithm, _rewards, _alarms, _devices,
-                          _weight_sync)
+            for check in (_pipeline, _missing, _lengths, _batches, _algorithm, _rewards, _alarms, _export,
+                          _devices, _weight_sync)
             for problem in check(cfg, runs)
         ]
     if problems:
@@ -261,8 +261,15 @@ def _rewards(cfg: Config, runs: list[str]) -> Iterator[str]:
 
 
 def _alarms(cfg: Config, runs: list[str]) -> Iterator[str]:
-    if cfg.alarms.length.threshold <= 1:
-        yield (f"alarms.length.threshold={cfg.alarms.length.threshold:g} is a factor: it must be more than 1")
+    for name in ("length", "memory"):
+        if (threshold := getattr(cfg.alarms, name).threshold) <= 1:
+            yield f"alarms.{name}.threshold={threshold:g} is a factor: it must be more than 1"
+
+
+def _export(cfg: Config, runs: list[str]) -> Iterator[str]:
+    if cfg.export.checkpoint is not None and cfg.export.source != "ppo":
+        yield (f"export.checkpoint={cfg.export.checkpoint} is a step of ppo, but export.source={cfg.export.source}: "
+               "set export.checkpoint=null, or export.source=ppo")
 
 
 def _devices(cfg: Config, runs: list[str]) -> Iterator[str]:

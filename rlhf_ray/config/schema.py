@@ -65,6 +65,9 @@ class ClusterConfig:
     dashboard: bool = opt(False, "serve Ray's dashboard (loopback) from a local Ray")
     start_timeout_s: float = opt(300.0, "deadline for resources and for each role to start, seconds", gt=0)
     call_timeout_s: float = opt(1800.0, "deadline of any single remote call, seconds", gt=0)
+    heartbeat_s: float = opt(2.0, "every actor is asked for a sign of life so often, seconds", gt=0)
+    heartbeat_timeout_s: float = opt(60.0, "an actor silent for so long hangs: it is killed, seconds", gt=0)
+    attempts: int = opt(3, "ppo: how often in a row one iteration may be tried again after actors were lost", ge=0)
 
 
 @dataclass
@@ -283,7 +286,9 @@ class AlarmsConfig:
     divergence: AlarmConfig = field(default_factory=lambda: AlarmConfig(3.0))
     nonfinite: AlarmConfig = field(default_factory=lambda: AlarmConfig(0.0))
     equal_groups: AlarmConfig = field(default_factory=lambda: AlarmConfig(1.0))
-    warmup_iterations: int = opt(2, "first iterations that make the baseline of the entropy and length alarms", ge=1)
+    memory: AlarmConfig = field(default_factory=lambda: AlarmConfig(1.5))
+    warmup_iterations: int = opt(2, "first iterations that make the baseline of entropy, length and memory alarms",
+                                 ge=1)
     window: int = opt(10, "last iterations that the divergence alarm looks at", ge=4)
 
 
@@ -301,6 +306,27 @@ class EvalConfig:
 
 
 @dataclass
+class ExportConfig:
+    source: str = opt("ppo", "the stage whose model `rlhf-ray export` writes",
+                      choices=("pretrain", "sft", "rm", "ppo", "dpo"))
+    checkpoint: int | None = opt(None, "ppo: the step of a checkpoint (null: the finished stage's model, or the newest "
+                                 "checkpoint if the stage is unfinished)", ge=0)
+    path: str | None = opt(None, "directory to write (null: <output_dir>/export)")
+    dtype: str = opt("saved", "of the exported weights; `saved`: as the stage saves them",
+                     choices=("saved", "float32", "bfloat16"))
+
+
+@dataclass
+class CheckpointConfig:
+    iterations: int = opt(1, "ppo: save after every so many iterations", ge=1)
+    seconds: float = opt(60.0, "pretrain, sft, rm, dpo: save when so long has passed since the last save, seconds",
+                         ge=0)
+    keep_last: int = opt(2, "how many of the newest checkpoints to keep", ge=1)
+    best_metric: str | None = opt(None, "ppo: keep the checkpoint with the highest value of this metric too "
+                                  "(score, judge_score, ...)")
+
+
+@dataclass
 class LoggingConfig:
     wandb: str = opt("disabled", "wandb mode", choices=("disabled", "offline", "online"))
     wandb_project: str = opt("rlhf_ray", "wandb project")
@@ -312,6 +338,8 @@ class Config:
 
     output_dir: str = opt("outputs/run", "directory of the run")
     seed: int = opt(0, "seed of everything random", ge=0)
+    resume: str = opt("auto", "`auto`: an unfinished stage goes on from its newest whole checkpoint; `never`: it "
+                      "starts over, and its checkpoints are deleted", choices=("auto", "never"))
     stages: list[str] = opt(list(DEFAULT_STAGES), "what `pipeline` runs, in order", choices=STAGES)  # noqa: RUF009 - opt makes a field
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -329,4 +357,6 @@ class Config:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -110,9 +110,13 @@ class GenerationEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self._forget_old_weights()
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        self.llm.reset_prefix_cache()
+
     def _forget_old_weights(self) -> None:
         self.llm.collective_rpc("refresh_tied_head")
-        self.llm.reset_prefix_cache()
+        self.forget_prefixes()
 
     # -- weight transfer, driven by the learners' rank 0 --------------------------------------------------------
 

@@ -9,6 +9,7 @@ the update depends neither on the micro-batch size nor on the number of ranks. D
 over ranks; the loss is multiplied by the world size to undo that.
 """
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
 from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.models.modules import CausalLM
+from rlhf_ray.models.shards import WEIGHT, Shards
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,26 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
     # or more; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel("WARNING")
+    if dist.is_initialized():  # this process lives on, others of its group did not: leave what is left of it
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+        _count_anew()
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def _count_anew() -> None:
+    """DeepSpeed numbers modules and parameters as it meets them in a process, and compares the numbers between ranks:
+    one that lives on must agree with one that is new."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    register: Any = DeepSpeedZeRoOffload._register_deepspeed_module
+    register.__defaults__[0][0] = 0
+    Init.param_id = 0
 
 
 def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str) -> dict:
@@ -252,6 +269,71 @@ class Learner:
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
                 for name, p in bucket:
                     yield _hub_name(name), p.data
+
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(copies of this rank's parts of weights and optimizer, on the CPU, as `models.shards` has them; header)."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        moments = next(iter(self._moments()), {})
+        tensors = {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state()
+        for name, p in self.module.named_parameters():
+            tensors[f"{_hub_name(name)}|{WEIGHT}"] = _copy(safe_get_local_fp32_param(p))
+            for kind in moments:
+                if kind != "step":
+                    tensors[f"{_hub_name(name)}|{kind}"] = _copy(safe_get_local_optimizer_state(p, kind))
+        return tensors, {"steps_done": self.steps_done, "adam_steps": float(moments.get("step", 0.0))}
+
+    def load(self, shards: Shards) -> None:
+        """Take over a state that as many ranks, or more, or fewer, have saved.
+
+        Raises UserError if it is of another model.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        zero, kinds = self.engine.optimizer, [k for k in ("exp_avg", "exp_avg_sq") if shards.names(k)]
+        zero.checkpoint_event_prologue()
+        for flat in zero.fp32_partitioned_groups_flat:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(shards.header["adam_steps"]), **{k: torch.zeros_like(flat) for k in kinds}
+            } if kinds else {}
+        parameter: Any
+        for name, parameter in self.module.named_parameters():
+            for kind in (WEIGHT, *kinds):
+                part = shards.part(_hub_name(name), kind, parameter.ds_numel, self.rank, self.world_size)
+                if kind == WEIGHT:
+                    safe_set_local_fp32_param(parameter, part.to(self.device))
+                else:
+                    safe_set_local_optimizer_state(parameter, part.to(self.device), kind)
+        for group in range(len(zero.fp32_partitioned_groups_flat)):  # what a step of DeepSpeed ends with
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()
+        self.steps_done = shards.header["steps_done"]
+        for key, restore in (("rng", torch.set_rng_state), ("rng_cuda", torch.cuda.set_rng_state)):
+            found = shards.own(key, self.rank, self.world_size)
+            if found is not None:
+                restore(found)
+
+    def _moments(self) -> Iterator[dict[str, Any]]:
+        """AdamW's state of each flat group; nothing before the first step."""
+        zero = self.engine.optimizer
+        for flat in zero.fp32_partitioned_groups_flat:
+            if found := zero.optimizer.state.get(flat):
+                yield found
+
+    def close(self) -> None:
+        """Let go of everything; another Learner may take this one's place in the process."""
+        self.engine.destroy()
+        del self.engine, self.module
+        gc.collect()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def _hub_name(name: str) -> str:

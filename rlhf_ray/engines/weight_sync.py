@@ -64,6 +64,7 @@ class WorkerExtension:
 
     model_runner: Any
     digest: int
+    updating: bool = False
 
     def refresh_tied_head(self) -> None:
         """Make an output head that shares the embeddings' weights see the new ones.
@@ -78,6 +79,8 @@ class WorkerExtension:
 
     def start_digest(self) -> None:
         """From here on, digest whatever is loaded into the model, whichever wire brings it."""
+        self._abandon_update()
+        self.updating = True
         model: Any = self.model_runner.get_model()
         load, self.digest = type(model).load_weights, 0
 
@@ -95,7 +98,26 @@ class WorkerExtension:
         """The digest of everything that was loaded since `start_digest`."""
         model: Any = self.model_runner.get_model()
         del model.load_weights  # the class's own again
+        self.updating = False
         return self.digest
+
+    def _abandon_update(self) -> None:
+        """Bring a model that was left in the middle of an update (its sender died) to where another can begin.
+
+        Its weights are then some old, some new; it has no version until the next update is whole.
+        """
+        if not self.updating:
+            return
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        worker: Any = self
+        model = self.model_runner.get_model()
+        del model.load_weights
+        with set_current_vllm_config(worker.vllm_config):
+            finalize_layerwise_reload(model, self.model_runner.model_config)
+        worker._weight_update_active = False
+        self.updating = False
 
 
 # -- gloo ------------------------------------------------------------------------------------------------------
@@ -308,11 +330,21 @@ class LearnerWeights(WeightSource):
     def __init__(self, learner: Learner, bucket_bytes: int, observe: Any = None):
         self._learner, self._bucket_bytes, self._observe = learner, bucket_bytes, observe
         self.digest = 0
+        self._walk: Iterator[tuple[str, Tensor]] = iter(())
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(*shape) for shape in self._learner.shapes()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._walk = self._weights()
+        return self._walk
+
+    def finish(self) -> None:
+        """Walk the rest of the way: the gathers are collective, and the other ranks are on it."""
+        for _ in self._walk:
+            pass
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
         self.digest = 0
         for name, tensor in self._learner.weights(self._bucket_bytes):
             if self._learner.rank == 0:
@@ -383,9 +415,16 @@ class WeightSender:
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._client.source)
 
     def push(self, version: int) -> None:
-        """Bring every engine to the learner's weights and stamp them `version`. Collective over the learner ranks."""
+        """Bring every engine to the learner's weights and stamp them `version`. Collective over the learner ranks.
+
+        If an engine fails, this raises only after the gathers are done, so that the learners are whole.
+        """
+        assert self._client.source is not None
         self._client.version = version
-        self._engine.send_weights()
+        try:
+            self._engine.send_weights()
+        finally:
+            self._client.source.finish()
 
     def close(self) -> None:
         self._engine.shutdown()

@@ -172,6 +172,20 @@ def equal_groups(values: Mapping[str, Any], threshold: float) -> Finding | None:
     )
 
 
+def memory(values: Mapping[str, Any], first: Sequence[Mapping[str, float]], threshold: float) -> Finding | None:
+    """Largest growth of an actor's resident memory over its least in the warm-up: above `threshold`, a factor."""
+    grown = {name: gib / least for name, gib in (values.get("memory_gib") or {}).items()
+             if (least := min((row[name] for row in first if name in row), default=0.0)) > 0}
+    worst = max(grown, key=lambda name: grown[name], default="")
+    if not worst or grown[worst] <= threshold:
+        return None
+    return grown[worst], (
+        f"{worst} holds {values['memory_gib'][worst]:.2f} GiB, {grown[worst]:.2f} times what it began with and beyond "
+        f"alarms.memory.threshold={threshold:g}: it may be leaking, and its node may kill it; look at memory_gib in "
+        "metrics.jsonl, and restart the stage if it goes on (it resumes)"
+    )
+
+
 # --- watching a run ---
 
 
@@ -192,7 +206,8 @@ class AlarmMonitor:
     def check(self, iteration: int, values: Mapping[str, Any]) -> list[Alarm]:
         """The alarms of this iteration, from the values that metrics.jsonl gets. Leave out what was not measured."""
         self._forget(iteration)
-        row = {"iteration": iteration} | {key: _number(values, key) for key in WATCHED}
+        row = {"iteration": iteration, "memory_gib": dict(values.get("memory_gib") or {})}
+        row |= {key: _number(values, key) for key in WATCHED}
         warm = len(self._first) < self.cfg.warmup_iterations
         if warm:
             self._first.append(row)
@@ -207,6 +222,8 @@ class AlarmMonitor:
             "divergence": divergence(self._last, cfg.window, cfg.divergence.threshold),
             "nonfinite": nonfinite(values, cfg.nonfinite.threshold),
             "equal_groups": equal_groups(values, cfg.equal_groups.threshold),
+            "memory": None if warm else memory(values, [row["memory_gib"] for row in self._first],
+                                               cfg.memory.threshold),
         }
         rung = [self._ring(name, iteration, *finding) for name, finding in found.items() if finding]
         return [alarm for alarm in rung if alarm]

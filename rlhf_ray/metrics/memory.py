@@ -1,13 +1,30 @@
-"""Peak resident memory of a run, over all its processes."""
+"""Resident memory: the peak of a run over all its processes, and what one process says of itself."""
 
 import os
 import threading
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import psutil
 
 GIB = 2**30
+
+
+def kernel_oom_kills() -> int:
+    """Processes that this machine's kernel has killed for lack of memory since boot, those that reached the limit of
+    their container included; 0 where it does not say (Linux before 4.13)."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def own_pulse_numbers() -> tuple[int, int, int]:
+    """Of the calling process: resident memory in bytes, open file descriptors; and `kernel_oom_kills`."""
+    process = psutil.Process()
+    return process.memory_info().rss, process.num_fds(), kernel_oom_kills()
 
 
 class RssSampler:

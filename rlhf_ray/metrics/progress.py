@@ -10,18 +10,18 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(name: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar of `total` steps; call the yielded function after each step with what to show beside it.
+def progress_bar(name: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar of `total` steps; call the yielded function with how many are done and what to show beside it.
 
     Where the output is no terminal (a job's log), a line is printed about every tenth of the way instead.
     """
     if not console.is_terminal:
-        done = 0
+        before = 0
 
-        def line(shown: str = "") -> None:
-            nonlocal done
-            done += 1
-            if done == total or done * 10 // total > (done - 1) * 10 // total:
+        def line(done: int, shown: str = "") -> None:
+            nonlocal before
+            told, before = before, done
+            if done == total or done * 10 // total != told * 10 // total:
                 console.print(f"{name} {done}/{total}  {shown}", soft_wrap=True)
 
         yield line
@@ -31,7 +31,7 @@ def progress_bar(name: str, total: int) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total, shown="")
 
-        def advance(shown: str = "") -> None:
-            progress.update(task, advance=1, shown=shown)
+        def advance(done: int, shown: str = "") -> None:
+            progress.update(task, completed=done, shown=shown)
 
         yield advance

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,18 @@ class Recorder:
         console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
+
+    @property
+    def position(self) -> int:
+        """Length of the file, bytes; what was recorded so far is on the disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def rewind(self, position: int) -> None:
+        """Forget everything after `position`: a resumed run records it again."""
+        self._file.truncate(position)
+        self._file.seek(position)
 
     def close(self) -> None:
         """Close the file and finish the wandb run; a second call does nothing."""

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.memory import RssSampler
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.stages.lock import locked
+from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
+from rlhf_ray.train.identity import check_same_run, identity_of
 
 
 class Paths:
@@ -73,8 +77,9 @@ class Paths:
 class StageRecord:
     """The numbers that a stage leaves in `<output_dir>/<stage>/stage.json`."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, done_before: bool = False):
         self.name = name
+        self.done_before = done_before  # it had ended well when it was started
         self.values: dict[str, Any] = {}
 
     def add(self, **values: Any) -> None:
@@ -112,17 +117,32 @@ DEPENDS = {
 def fingerprints(cfg: Config) -> dict[str, str]:
     """Of every stage to run: a hash of its configuration, its data, and all stages before it,
     the base model included."""
-    chain, out = f"{load_task_data(cfg.data).fingerprint()} {_model_fingerprint(cfg.model.path)}", {}
+    chain, out = f"{load_task_data(cfg.data).fingerprint()} {model_fingerprint(cfg.model.path)}", {}
     for name in cfg.stages:
         chain = hashlib.sha256(f"{chain} {name} {config_fingerprint(cfg, DEPENDS[name])}".encode()).hexdigest()
         out[name] = chain
     return out
 
 
-def _model_fingerprint(path: str) -> str:
-    """Name, size and time of every file of a local model; of a hub model, its name."""
-    files = sorted(p for p in Path(path).glob("*") if p.is_file())
-    return f"{path} " + " ".join(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+_MIB = 1 << 20
+
+
+def model_fingerprint(path: str) -> str:
+    """Of a local model (or one file) a hash (sha256, hex), the same wherever it is copied to; of a hub model, its name.
+
+    Of names, sizes and contents of its files; of those above 1 MiB, the first and the last MiB.
+    """
+    files = sorted(p for p in (Path(path), *Path(path).glob("*")) if p.is_file())
+    facts = [(p.name, p.stat().st_size, *_ends(p)) for p in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if files else path
+
+
+def _ends(path: Path) -> tuple[str, str]:
+    """sha256 of the first and of the last MiB of a file."""
+    with path.open("rb") as file:
+        first = file.read(_MIB)
+        file.seek(max(0, path.stat().st_size - _MIB))
+        return hashlib.sha256(first).hexdigest(), hashlib.sha256(file.read()).hexdigest()
 
 
 def stage_record(cfg: Config, name: str) -> dict[str, Any] | None:
@@ -131,20 +151,50 @@ def stage_record(cfg: Config, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def resumed(
+    cfg: Config, record: StageRecord, models: Mapping[str, Path | str], last: int
+) -> tuple[Checkpoints, Checkpoint | None]:
+    """The checkpoints of a stage, and the one from which to go on: None to start over.
+
+    models: what the stage starts from, by name; last: the step at which it is done. A stage that had ended well starts
+    over, unless it only has to go further now. Raises UserError if the checkpoints of an unfinished one are of another
+    run.
+    """
+    now = identity_of(record.name, cfg, load_task_data(cfg.data).fingerprint(),
+                      {name: model_fingerprint(str(path)) for name, path in models.items()})
+    checkpoints = Checkpoints(Paths(cfg).stage(record.name) / "checkpoints", cfg.checkpoint, now)
+    newest = None if cfg.resume == "never" else checkpoints.newest()
+    if newest:
+        try:
+            check_same_run(newest.identity, now, DEPENDS[record.name])
+        except UserError:
+            if not record.done_before:
+                raise
+            newest = None
+    if newest is None or (record.done_before and newest.step >= last):
+        checkpoints.clear()
+        return checkpoints, None
+    return checkpoints, newest
+
+
 @contextmanager
 def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
     """Run a stage: its resolved configuration first, its record (with seconds and peak memory) if it ends well."""
     directory = Paths(cfg).stage(name)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "stage.json").unlink(missing_ok=True)
-    (directory / "config.yaml").write_text(to_yaml(cfg))
-    load_task_data(cfg.data).save_split(directory.parent / "split.json")
-    console.rule(f"[bold]{name}")
-    fingerprint = fingerprints(cfg).get(name)  # of what the stage is about to read
-    started, record = time.monotonic(), StageRecord(name)
-    with RssSampler() as memory:
-        yield record
-    record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
-               fingerprint=fingerprint)
-    write_json(directory / "stage.json", record.values)
-    console.print(f"{name} done in {record.values['seconds']:.0f} s")
+    with locked(directory.parent):
+        directory.mkdir(parents=True, exist_ok=True)
+        record = StageRecord(name, (directory / "stage.json").is_file())
+        (directory / "stage.json").unlink(missing_ok=True)
+        (directory / "config.yaml").write_text(to_yaml(cfg))
+        load_task_data(cfg.data).save_split(directory.parent / "split.json")
+        console.rule(f"[bold]{name}")
+        fingerprint = fingerprints(cfg).get(name)  # of what the stage is about to read
+        started = time.monotonic()
+        with RssSampler() as memory:
+            yield record
+        record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
+                   fingerprint=fingerprint)
+        write_json(directory / "stage.json", record.values)
+        if name != "ppo":  # whose checkpoints are worth a look, an export, or more iterations
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        console.print(f"{name} done in {record.values['seconds']:.0f} s")

@@ -9,8 +9,8 @@ from rlhf_ray.data.prompts import encode_prompts
 from rlhf_ray.data.sources import TaskData, load_task_data
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
-from rlhf_ray.stages.common import Paths, StageRecord, stage
-from rlhf_ray.train.answers import answering, prompt_set, sample_answers
+from rlhf_ray.stages.common import Paths, StageRecord, model_fingerprint, stage
+from rlhf_ray.train.answers import ANSWERS, answering, forget_answers, prompt_set, sample_answers
 
 PEOPLE_AGREE = 0.73  # between two training labelers: Ouyang et al. 2022, section 3.4
 
@@ -23,6 +23,7 @@ def run(cfg: Config) -> None:
             ask_people(cfg, load_task_data(cfg.data), record)
         else:
             simulate(cfg, load_task_data(cfg.data), record)
+    forget_answers(Paths(cfg).stage("compare"))
 
 
 def take_file(cfg: Config, record: StageRecord) -> None:
@@ -72,12 +73,15 @@ def simulate(cfg: Config, task_data: TaskData, record: StageRecord) -> None:
 def sample(cfg: Config, task_data: TaskData, record: StageRecord) -> tuple[list[Prompt], list[list[str]]]:
     """K responses of the SFT policy to every prompt: (prompts, [prompts][K] texts)."""
     path, c = str(Paths(cfg).sft), cfg.compare
-    tokenizer = load_tokenizer(path)
+    directory, tokenizer = Paths(cfg).stage("compare"), load_tokenizer(path)
+    if cfg.resume == "never":
+        forget_answers(directory)
     kept, encoded, dropped = encode_prompts(task_data.compare_prompts()[: c.prompts], cfg.data, tokenizer)
-    with session(cfg), answering(cfg, path, prompt_set(encoded)) as (cast, group):
+    with session(cfg), answering(cfg, path, prompt_set(encoded), Paths(cfg).stage("compare")) as (cast, group):
         actors = cast.ready()
         answers = sample_answers(group, prompt_set(encoded), "compare", c.responses_per_prompt, c.temperature,
-                                 c.max_response_tokens, cfg.seed)
+                                 c.max_response_tokens, cfg.seed, journal=directory / f"{ANSWERS}.jsonl",
+                                 model=f"{model_fingerprint(path)} {cfg.model.dtype}")
     record.add(dropped=dropped, actors=actors, responses_per_prompt=c.responses_per_prompt,
                data=task_data.fingerprint())
     return kept, [tokenizer.batch_decode([r.tolist() for r in some], skip_special_tokens=True) for some in answers]

@@ -1,5 +1,7 @@
 """Stage `dpo`: the policy from ranked responses directly, without a reward model or sampling (Rafailov et al. 2023)."""
 
+from functools import partial
+
 import numpy as np
 
 from rlhf_ray.cluster.runtime import session
@@ -8,7 +10,7 @@ from rlhf_ray.data.formats import read_comparisons
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
-from rlhf_ray.stages.common import Paths, stage
+from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.stages.rm import encode, held_out_accuracy, prompt_keys, scores_of
 from rlhf_ray.train.supervised import SupervisedLearner, Task, split_units, supervised
 
@@ -26,7 +28,8 @@ def run(cfg: Config) -> None:
             weights=np.bincount(data.groups, weights=data.lengths), epochs=cfg.dpo.epochs,
             batch_size=cfg.dpo.prompts_per_batch, optimizer=cfg.dpo.optimizer, dpo=cfg.dpo,
         )
-        with session(cfg), supervised(cfg, task, paths.stage("dpo")) as trained:
+        resume = partial(resumed, cfg, record, {"start": task.path, "comparisons": paths.comparisons})
+        with session(cfg), supervised(cfg, task, resume) as trained:
             trained.group.call(SupervisedLearner.save, str(paths.dpo), cfg.model.dtype, {})
             rewards = scores_of(trained, val, task)
             accuracy, interval, pairs = held_out_accuracy(data, val, rewards, cfg.seed, "dpo.val_fraction")

@@ -25,11 +25,11 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.statistics import accuracy, accuracy_gain, distinct_n, win_rate
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
-from rlhf_ray.stages.common import Paths, StageRecord, stage, stage_record
+from rlhf_ray.stages.common import Paths, StageRecord, model_fingerprint, stage, stage_record
 from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.stages.report import publish
 from rlhf_ray.train import roles
-from rlhf_ray.train.answers import prompt_set, sample_answers
+from rlhf_ray.train.answers import ANSWERS, forget_answers, prompt_set, sample_answers
 
 VERIFIER = "the task's verifier, which checks every answer"
 CLASSIFIER = "a classifier fitted on the other half of the human labels, which took no part in training"
@@ -61,7 +61,10 @@ class Answers:
 
 def run(cfg: Config) -> None:
     with stage(cfg, "eval") as record:
+        if cfg.resume == "never":
+            forget_answers(Paths(cfg).stage("eval"))
         evaluate(cfg, record)
+    forget_answers(Paths(cfg).stage("eval"))
     publish(cfg)
     console.print(f"report: {Paths(cfg).root / 'report.html'}")
 
@@ -121,7 +124,8 @@ def examine(
     e = cfg.eval
     generators.call(Generator.load, models[name])
     sampled = sample_answers(generators, prompts, f"eval {name}", 1, e.temperature, cfg.rollout.max_response_tokens,
-                             cfg.seed + 1)
+                             cfg.seed + 1, journal=Paths(cfg).stage("eval") / f"{ANSWERS}-{name}.jsonl",
+                             model=f"{model_fingerprint(models[name])} {cfg.model.dtype}")
     responses = [r[0] for r in sampled]
     texts = [t.strip() for t in tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)]
     starts = np.cumsum(prompts.lengths) - prompts.lengths

@@ -6,7 +6,8 @@ import time
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.metrics.progress import console
-from rlhf_ray.stages.common import fingerprints, stage_record
+from rlhf_ray.stages.common import Paths, fingerprints, stage_record
+from rlhf_ray.stages.lock import locked
 from rlhf_ray.stages.report import publish
 
 
@@ -18,6 +19,11 @@ def done_stages(cfg: Config) -> list[str]:
 
 
 def run(cfg: Config) -> None:
+    with locked(Paths(cfg).root):
+        _run(cfg)
+
+
+def _run(cfg: Config) -> None:
     started, skipped = time.monotonic(), done_stages(cfg)
     if skipped:
         console.print(f"done before and unchanged: {', '.join(skipped)}")

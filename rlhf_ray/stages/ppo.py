@@ -18,7 +18,7 @@ from rlhf_ray.data.templates import render_prompt
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import Recorder
 from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
-from rlhf_ray.stages.common import Paths, stage
+from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import prompt_set
@@ -49,7 +49,12 @@ def run(cfg: Config) -> None:
         sources = [roles.reward_role(cfg, i) for i in range(len(cfg.reward.sources))]
         layout = roles.layout_of(cfg, ["policy", *(["critic"] if has_critic else []), "generator", *sources,
                                        "reference", *(["judge"] if watched else [])])
-        with session(cfg), Cast(layout, cfg.cluster) as cast:
+        models = {"sft": paths.sft, **({"rm": paths.reward} if roles.MODEL in cfg.reward.sources else {})}
+        checkpoints, checkpoint = resumed(cfg, record, models, p.iterations)
+        directory, log = paths.stage("ppo"), cfg.logging
+        for old in ("PAUSED", *(() if checkpoint else ("metrics.jsonl", "alarms.jsonl"))):
+            (directory / old).unlink(missing_ok=True)
+        with session(cfg), Cast(layout, cfg.cluster, directory) as cast:
             ptx = stream = None
             if cfg.algorithm.ptx:
                 blocks = token_blocks(task_data.texts(), tokenizer, cfg.model.max_length)
@@ -68,19 +73,16 @@ def run(cfg: Config) -> None:
             )
             with console.status("starting the actors of all roles"):
                 actors = cast.ready()
-                policy.call(PolicyLearner.connect, generators.actors, cfg.roles.generator.tensor_parallel_size, backend,
-                            cast.meeting_point("policy"), cfg.weight_sync.bucket_mib, cfg.cluster.call_timeout_s)
-            directory, log = paths.stage("ppo"), cfg.logging
-            for old in ("metrics.jsonl", "alarms.jsonl", "PAUSED"):  # of an earlier run of this stage
-                (directory / old).unlink(missing_ok=True)
 
             def save() -> None:
                 policy.call(PolicyLearner.save, str(paths.policy))
 
             with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
                 watch = Watch(cfg.alarms, directory, save)
-                PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream, recorder,
-                           watch).run()
+                trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,
+                                     recorder, watch, cast, checkpoints)
+                trainer.run(checkpoint)
             save()
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,
-                       algorithm=cfg.algorithm.name, actors=actors, data=task_data.fingerprint())
+                       algorithm=cfg.algorithm.name, actors=actors, data=task_data.fingerprint(),
+                       restarts=dict(trainer.recovery.restarts))

@@ -1,6 +1,7 @@
 """Stage `pretrain`: a base model from plain text."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from rlhf_ray.data.blocks import some_blocks, token_blocks
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.models.tiny import save_untrained
-from rlhf_ray.stages.common import Paths, StageRecord, stage
+from rlhf_ray.stages.common import Paths, StageRecord, resumed, stage
 from rlhf_ray.train.supervised import SupervisedLearner, Task, supervised
 
 
@@ -45,7 +46,8 @@ def train(cfg: Config, record: StageRecord) -> None:
         weights=np.full(len(blocks) + len(held_out), p.block_length), epochs=p.epochs, batch_size=p.batch_blocks,
         optimizer=p.optimizer, autocast=p.autocast,
     )
-    with supervised(cfg, task, paths.stage("pretrain")) as trained:
+    resume = partial(resumed, cfg, record, {"start": task.path})
+    with supervised(cfg, task, resume) as trained:
         loss = trained.val["loss"]
         trained.group.call(SupervisedLearner.save, str(paths.base), p.save_dtype, {})
         record.add(

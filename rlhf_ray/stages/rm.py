@@ -1,5 +1,7 @@
 """Stage `rm`: a reward model from ranked responses (InstructGPT, step 2, second half)."""
 
+from functools import partial
+
 import numpy as np
 
 from rlhf_ray.cluster.runtime import session
@@ -12,7 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.evaluation.statistics import cluster_interval
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import SCORE_SHIFT, load_tokenizer
-from rlhf_ray.stages.common import Paths, stage
+from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.train.supervised import SupervisedLearner, Task, Trained, deal, split_units, supervised
 
 SHIFT_DEMONSTRATIONS = 512  # enough for a mean; their scores become 0 on average
@@ -130,7 +132,8 @@ def run(cfg: Config) -> None:
             name="rm", objective="ranking", path=str(paths.sft), data=data, train=train, val=val, weights=weights,
             epochs=cfg.rm.epochs, batch_size=cfg.rm.prompts_per_batch, optimizer=cfg.rm.optimizer,
         )
-        with session(cfg), supervised(cfg, task, paths.stage("rm")) as trained:
+        resume = partial(resumed, cfg, record, {"start": task.path, "comparisons": paths.comparisons})
+        with session(cfg), supervised(cfg, task, resume) as trained:
             scores = scores_of(trained, np.concatenate([val, np.arange(count, data.groups[-1] + 1)]), task)
             shift = float(scores[data.groups >= count].mean())
             trained.group.call(SupervisedLearner.save, str(paths.reward), cfg.model.dtype, {SCORE_SHIFT: shift})

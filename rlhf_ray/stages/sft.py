@@ -1,5 +1,7 @@
 """Stage `sft`: supervised fine-tuning on demonstrations, loss on response tokens only (InstructGPT, step 1)."""
 
+from functools import partial
+
 import numpy as np
 
 from rlhf_ray.cluster.runtime import session
@@ -11,7 +13,7 @@ from rlhf_ray.data.templates import encode_prompt, encode_response
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
-from rlhf_ray.stages.common import Paths, stage
+from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.train.supervised import SupervisedLearner, Task, split_units, supervised
 
 
@@ -46,7 +48,8 @@ def run(cfg: Config) -> None:
             name="sft", objective="lm", path=paths.start, data=data, train=train, val=val, weights=data.lengths,
             epochs=cfg.sft.epochs, batch_size=cfg.sft.batch_size, optimizer=cfg.sft.optimizer, dropout=cfg.sft.dropout,
         )
-        with session(cfg), supervised(cfg, task, paths.stage("sft")) as trained:
+        resume = partial(resumed, cfg, record, {"start": task.path})
+        with session(cfg), supervised(cfg, task, resume) as trained:
             trained.group.call(SupervisedLearner.save, str(paths.sft), cfg.model.dtype, {})
             record.add(
                 val_loss=trained.val["loss"], demonstrations=len(data.lengths), dropped=dropped,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_ray.actors.generator import Sample, sample_seed
 from rlhf_ray.actors.learners import CriticLearner, Window
 from rlhf_ray.actors.policy import PolicyLearner, Prepared
-from rlhf_ray.cluster.group import Group, wait
+from rlhf_ray.cluster.group import Cast, Group, wait
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
 from rlhf_ray.core.masked import Moments
@@ -21,23 +21,34 @@ from rlhf_ray.core.minibatches import plan_minibatches
 from rlhf_ray.core.rewards import Shaping
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import UserError
+from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import Recorder
+from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
+from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.mismatch import check_first_sync
+from rlhf_ray.train.recovery import Recovery, Saver
+from rlhf_ray.train.roles import sync_backend
 from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
 from rlhf_ray.train.watch import Watch
 
 
 @dataclass
 class Clock:
-    """Seconds of each phase of an iteration."""
+    """Seconds of each phase of an iteration; `enter` hears of every beginning."""
 
+    enter: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self.enter(phase)
         started = time.monotonic()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+
+class Again(Exception):
+    """The iteration has to be tried again; all is set for it."""
 
 
 class PPOTrainer:
@@ -47,30 +58,77 @@ class PPOTrainer:
     """
 
     def __init__(self, cfg: Config, workers: RolloutWorkers, policy: Group, critic: Group | None,
-                 prompts: PromptStream, ptx: PromptStream | None, recorder: Recorder, watch: Watch):
+                 prompts: PromptStream, ptx: PromptStream | None, recorder: Recorder, watch: Watch, cast: Cast,
+                 checkpoints: Checkpoints):
         self.cfg, self.workers, self.policy, self.critic = cfg, workers, policy, critic
-        self.prompts, self.ptx, self.recorder, self.watch = prompts, ptx, recorder, watch
-        self.version, self.kl_coef, self.seen_scores = 0, cfg.algorithm.kl_coef, Moments()
+        self.prompts, self.ptx, self.recorder, self.watch, self.cast = prompts, ptx, recorder, watch, cast
+        self.step, self.version = 0, 1
+        self.kl_coef, self.seen_scores = cfg.algorithm.kl_coef, Moments()
+        learners = [policy, *([critic] if critic else [])]
+        self.saver = Saver(checkpoints, learners)
+        self.recovery = Recovery(cast, learners, self.saver, cfg.cluster.attempts, connect=self.connect,
+                                 roll_back=self.roll_back)
+        self.start = self.boundary = self.state_dict()
 
-    def run(self) -> None:
-        self.push_weights(version=1)  # engines start from a file; from here on they hold what the learners hold
+    def run(self, checkpoint: Checkpoint | None = None) -> None:
+        """Train to ppo.iterations, from a checkpoint or from the start, whatever is lost on the way.
+
+        Interrupted, it leaves a checkpoint of the last whole iteration.
+        """
+        with Interruption() as self.interruption:
+            try:
+                self.begin(checkpoint)
+                while self.step < self.cfg.ppo.iterations:
+                    try:
+                        self.advance()
+                    except Exception as error:
+                        self.interruption.allow()
+                        if not isinstance(error, Again):
+                            self.recovery.heal(error)
+                        self.load_state_dict(self.boundary)
+                self.saver.finish()
+            except (KeyboardInterrupt, SystemExit):
+                self.save()
+                raise
+            finally:
+                self.saver.give_up()
+
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint:
+            self.recovery.restore(checkpoint)
+            self.roll_back(checkpoint)
+        self.connect()  # engines start from a file; from here on they hold what the learners hold
         check_first_sync(self.workers, self.policy, self.prompts.count, self.version, self.cfg.seed,
                          self.cfg.weight_sync.max_mismatch)
-        for step in range(1, self.cfg.ppo.iterations + 1):
-            self.watch(step, self.run_step(step))
+
+    def advance(self) -> None:
+        """One iteration: a transaction, which ends with a state that driver and learners share."""
+        values = self.run_step(self.step + 1)
+        self.step += 1
+        alarms = self.watch.check(self.step, values)
+        self.boundary = self.state_dict()
+        self.recovery.succeeded()
+        self.interruption.allow()
+        if self.step % self.cfg.checkpoint.iterations == 0 or self.step == self.cfg.ppo.iterations:
+            self.enter("checkpoint")
+            self.save(values)
+        self.watch.act(self.step, alarms)
 
     def run_step(self, step: int) -> dict[str, Any]:
-        clock, started = Clock(), time.monotonic()
+        clock, started = Clock(self.enter), time.monotonic()
         with clock("rollout"):
             rollouts = self.workers.run(self.samples(step), self.version)
         with clock("score"):
             entropy, mismatch = self.score(rollouts)
         with clock("advantages"):
             batch = self.prepare(rollouts)
+        self.saver.poll()
+        self.interruption.defer()  # until the iteration is whole
+        self.recovery.updating = True
         with clock("update"):
             report = self.update(step, rollouts, batch)
         with clock("weight_sync"):
-            self.push_weights(self.version + 1)
+            self.push_weights(step + 1)
         judged = wait(rollouts.judged, self.policy.timeout_s, "judge")
         seconds = time.monotonic() - started
         clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
@@ -81,10 +139,16 @@ class PPOTrainer:
             **self.workers.reward_costs(),
             **({"judge_score": sum(s for s, _ in judged) / sum(n for _, n in judged)} if judged else {}),
             "tokens_per_second": rollouts.response_tokens / seconds, "seconds": clock.seconds,
+            "memory_gib": self.cast.health.memory_gib(), "restarts": self.recovery.restarts.total(),
         }
         self.recorder.log(step, values)
         self.adapt(batch, len(rollouts.lengths))
+        self.recovery.updating = False
         return values
+
+    def enter(self, phase: str) -> None:
+        """Called when a phase begins."""
+        self.cast.phase, self.cast.iteration = phase, self.step + 1
 
     # -- the phases ------------------------------------------------------------------------------------------------
 
@@ -158,10 +222,25 @@ class PPOTrainer:
                                            for refs in (critic, policy) if refs]
         return {key: value for report in reports for key, value in report.items()}
 
+    def connect(self) -> None:
+        """Lay the wire to all generators, and bring them to the policy's weights."""
+        r, c = self.cfg.roles.generator, self.cfg
+        self.policy.call(PolicyLearner.connect, self.workers.generators.actors, r.tensor_parallel_size,
+                         sync_backend(c), self.cast.meeting_point("policy"), c.weight_sync.bucket_mib,
+                         c.cluster.call_timeout_s)
+        self.policy.call(PolicyLearner.push, self.version)
+
     def push_weights(self, version: int) -> None:
-        """Every generator holds the policy's weights, stamped `version`, or this raises."""
-        self.policy.call(PolicyLearner.push, version)
+        """Every generator holds the policy's weights, stamped `version`, or this raises.
+
+        Raises Again if learners were lost on the way and have gone back.
+        """
         self.version = version
+        try:
+            self.policy.call(PolicyLearner.push, version)
+        except Exception as error:
+            if self.recovery.heal(error, updated=True):
+                raise Again from error
 
     def adapt(self, batch: Prepared, responses: int) -> None:
         """What one iteration teaches the next, once per iteration: the KL coefficient, the statistics of scores."""
@@ -170,6 +249,36 @@ class PPOTrainer:
         if a.kl_target is not None:
             self.kl_coef = adapted_kl_coef(self.kl_coef, batch.numbers["kl_per_sequence"], a.kl_target, responses,
                                            a.kl_horizon)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def save(self, metrics: Mapping[str, Any] | None = None) -> None:
+        """A checkpoint of the last whole iteration, unless there is one; learners in the middle of one have none."""
+        if self.step > self.saver.saved and self.recovery.settled:
+            numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
+            self.saver.save(self.step, self.boundary, numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the driver knows besides its configuration: JSON-able."""
+        return {"step": self.step, "kl_coef": self.kl_coef, "seen_scores": asdict(self.seen_scores),
+                "prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict() if self.ptx else None,
+                "metrics": self.recorder.position, "watch": self.watch.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what was recorded later is recorded again."""
+        self.step, self.kl_coef, self.seen_scores = state["step"], state["kl_coef"], Moments(**state["seen_scores"])
+        self.version = self.step + 1
+        self.prompts.load_state_dict(state["prompts"])
+        if self.ptx:
+            self.ptx.load_state_dict(state["ptx"])
+        self.recorder.rewind(state["metrics"])
+        self.watch.load_state_dict(state["watch"])
+        self.boundary = dict(state)
+
+    def roll_back(self, checkpoint: Checkpoint | None) -> None:
+        """The learners hold a checkpoint's state, or that of the start: so does the driver."""
+        self.load_state_dict(checkpoint.state if checkpoint else self.start)
+        console.print(f"going on after iteration {self.step}")
 
 
 def _share(items: list[Any], ranks: int) -> list[list[Any]]:

@@ -1,11 +1,16 @@
-"""Generate and score, streaming: a shard is scored while later responses are still being sampled."""
+"""Generate and score, streaming: a shard is scored while later responses are still being sampled.
+
+Exactness. The samples of a step are cut into shares, one per generator. A share is a pure function of its samples and
+of the weights, on whichever engine (its prefix cache is emptied first), so a share whose generator died is sampled
+again, whole, by any other. What the finished shares gave is kept for that.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,8 @@ import ray
 from rlhf_ray.actors.generator import Sample
 from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
-from rlhf_ray.cluster.group import Group
+from rlhf_ray.cluster.group import Group, Overdue, debtors
+from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.types import RolloutInfo
 
 
@@ -41,35 +47,75 @@ class Rollouts:
         return sum(info.response_tokens for info in self.infos)
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """References to a scored shard and to what the judge says of it; the numbers that the driver may know."""
+
+    scored: ScoredShard
+    judged: Any
+    info: RolloutInfo
+
+
 class RolloutWorkers:
     """The generators and the frozen scorers, working side by side."""
 
     def __init__(self, generators: Group, rewards: Sequence[Group], reference: Group, judge: Group | None,
                  temperature: float, max_tokens: int):
         self.generators, self.temperature, self.max_tokens = generators, temperature, max_tokens
-        self.rewards, self._next_reward = rewards, [itertools.cycle(group.actors) for group in rewards]
-        self._reference = itertools.cycle(reference.actors)
-        self._judge = itertools.cycle(judge.actors) if judge else None
+        self.rewards, self.reference, self.judge = rewards, reference, judge
+        self._turns = itertools.count()
+        self._samples: tuple[int, list[Sample]] = (0, [])  # weights and samples of what is kept
+        self._kept: dict[int, list[_Shard]] = {}  # by share
 
     def run(self, samples: list[Sample], version: int) -> Rollouts:
         """Sample everything with weights `version`; scores are on their way when this returns.
 
-        Raises TimeoutError if no generator delivers within the call deadline.
+        Called again with the same arguments, after actors were replaced, it does only what is missing. Raises
+        one of LOST, when the other generators are done, if one died; Overdue if none delivers within the call
+        deadline.
         """
+        if self._samples != (version, samples):
+            self.forget()
+            self._samples = version, samples
         n = len(self.generators)
-        shares = [samples[i::n] for i in range(n)]
-        found = []
-        for generator, shard, info in self._shards(shares, version):
-            scored = ScoredShard(
-                rollout=shard,
-                scores=tuple(_call(next(group), RewardModel.scores, shard) for group in self._next_reward),
-                ref_logprobs=_call(next(self._reference), ReferenceModel.logprobs, shard, self.temperature),
-            )
-            judged = _call(next(self._judge), Judge.mean_score, shard) if self._judge else None
-            found.append((generator, scored, info, judged))
-        # Each generator's own order is reproducible; who of them was first is not, and must not change any sum.
-        found.sort(key=lambda x: x[0])
-        return Rollouts([x[1] for x in found], [x[2] for x in found], [x[3] for x in found if x[3] is not None])
+        shares = {i: samples[i::n] for i in range(n) if i not in self._kept and samples[i::n]}
+        self._kept = {i: [self._ask(shard) for shard in shards] for i, shards in self._kept.items()}
+        found: dict[int, list[_Shard]] = {i: [] for i in shares}
+        lost: Exception | None = None
+        for share, shard, info in self._shards(shares, version):
+            if isinstance(info, Exception):
+                lost = info
+                del found[share]
+            else:
+                found[share].append(self._ask(_Shard(ScoredShard(shard, (), None), None, info)))
+        self._kept |= found
+        if lost:
+            raise lost
+        # Each share's own order is reproducible; which was done first is not, and must not change any sum.
+        shards = [shard for share in sorted(self._kept) for shard in self._kept[share]]
+        return Rollouts([s.scored for s in shards], [s.info for s in shards],
+                        [s.judged for s in shards if s.judged is not None])
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._samples, self._kept = (0, []), {}
+
+    def _ask(self, shard: _Shard) -> _Shard:
+        """Have the shard scored by all who have not been asked yet, or are gone since."""
+        s, turn = shard.scored, next(self._turns)
+
+        def asked(ref: Any, group: Group, method: Any, *args: Any) -> Any:
+            if ref is not None and debtors([ref]) <= group.ids:
+                return ref
+            return getattr(group.actors[turn % len(group)], method.__name__).remote(*args)
+
+        old = s.scores or (None,) * len(self.rewards)
+        scored = replace(
+            s, scores=tuple(asked(ref, group, RewardModel.scores, s.rollout)
+                            for ref, group in zip(old, self.rewards, strict=True)),
+            ref_logprobs=asked(s.ref_logprobs, self.reference, ReferenceModel.logprobs, s.rollout, self.temperature))
+        judged = asked(shard.judged, self.judge, Judge.mean_score, s.rollout) if self.judge else None
+        return _Shard(scored, judged, shard.info)
 
     def reward_costs(self) -> dict[str, Any]:
         """Since the last call: seconds that each reward source worked, and how many calls had to be tried again."""
@@ -80,35 +126,46 @@ class RolloutWorkers:
     def probe(self, samples: list[Sample], version: int) -> list[list[Any]]:
         """References to the shards of each generator, every one of which answers all samples. Nothing is scored."""
         shards: list[list[Any]] = [[] for _ in self.generators.actors]
-        for generator, shard, _ in self._shards([samples] * len(self.generators), version):
+        for generator, shard, info in self._shards(dict.fromkeys(range(len(self.generators)), samples), version):
+            if isinstance(info, Exception):
+                raise info
             shards[generator].append(shard)
         return shards
 
-    def _shards(self, shares: list[list[Sample]], version: int) -> Iterator[tuple[int, Any, RolloutInfo]]:
-        """(generator, shard reference, its numbers), from whichever generator has one ready."""
-        streams: dict[Any, int] = {
-            actor.rollout.options(num_returns="streaming").remote(share, version, self.temperature, self.max_tokens): i
-            for i, (actor, share) in enumerate(zip(self.generators.actors, shares, strict=True)) if share
-        }
+    def _shards(
+        self, shares: dict[int, list[Sample]], version: int
+    ) -> Iterator[tuple[int, Any, RolloutInfo | Exception]]:
+        """(share, shard reference, its numbers), from whichever generator has one ready; an error in place of the
+        numbers says that the generator died and that nothing more comes of this share."""
+        actors = itertools.cycle(self.generators.actors)
+        streams: dict[Any, tuple[int, Any]] = {}
+        for share, samples in shares.items():
+            actor = next(actors)
+            streams[actor.rollout.options(num_returns="streaming").remote(
+                samples, version, self.temperature, self.max_tokens)] = share, actor
         deadline = time.monotonic() + self.generators.timeout_s
         while streams:
             ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
             if not ready:
-                raise TimeoutError(f"generators {sorted(streams.values())} delivered nothing in time")
+                late = {actor._actor_id.hex() for _, actor in streams.values()}
+                raise Overdue(f"rollout: {len(late)} of {len(self.generators)} generators delivered nothing within "
+                              f"{self.generators.timeout_s:.0f} s", late)
             for stream in list[Any](ready):
+                share, _ = streams[stream]
                 try:
                     shard = next(stream)
                 except StopIteration:
                     del streams[stream]
                     continue
                 try:
-                    info: RolloutInfo = ray.get(next(stream))
-                except StopIteration:  # the generator failed: the one reference left holds its error
-                    ray.get(shard)
-                    raise
-                yield streams[stream], shard, info
+                    try:
+                        info: RolloutInfo = ray.get(next(stream))
+                    except StopIteration:  # the generator failed: the one reference left holds its error
+                        ray.get(shard)
+                        raise
+                except LOST as error:
+                    del streams[stream]
+                    yield share, None, error
+                    continue
+                yield share, shard, info
                 deadline = time.monotonic() + self.generators.timeout_s
-
-
-def _call(actor: Any, method: Any, *args: Any) -> Any:
-    return getattr(actor, method.__name__).remote(*args)

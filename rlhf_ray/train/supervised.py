@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from typing import Any, TextIO
 
 import numpy as np
 import ray
@@ -19,8 +21,13 @@ from rlhf_ray.config.schema import Config, DPOConfig, OptimizerConfig
 from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.errors import UserError
-from rlhf_ray.metrics.progress import progress_bar
+from rlhf_ray.metrics.progress import console, progress_bar
+from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
+from rlhf_ray.train.interruption import Interruption
+from rlhf_ray.train.recovery import Recovery, Saver
 from rlhf_ray.train.roles import layout_of, learner_ranks
+
+Resume = Callable[[int], tuple[Checkpoints, Checkpoint | None]]
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,95 @@ def batches(train: np.ndarray, batch_size: int, steps: int, seed: int) -> Iterat
         epoch += 1
 
 
+class SupervisedTrainer:
+    """The loop. What is lost on the way is replaced, and the learners go back to the newest checkpoint."""
+
+    def __init__(self, cfg: Config, task: Task, cast: Cast, group: Group, steps: int, checkpoints: Checkpoints,
+                 log: TextIO):
+        self.cfg, self.task, self.group, self.steps, self.log = cfg, task, group, steps, log
+        self.saver = Saver(checkpoints, [group])
+        self.recovery = Recovery(cast, [group], self.saver, cfg.cluster.attempts, connect=lambda: None,
+                                 roll_back=self.roll_back)
+        self.step, self.last, self.started = 0, dict[str, float](), time.monotonic()
+        self._saved_at = self.started
+
+    def run(self, checkpoint: Checkpoint | None) -> None:
+        with Interruption() as interruption, progress_bar(self.task.name, self.steps) as bar:
+            try:
+                if checkpoint:
+                    self.recovery.restore(checkpoint)
+                self.roll_back(checkpoint)
+                while self.step < self.steps:
+                    try:
+                        for units in islice(batches(self.task.train, self.task.batch_size, self.steps, self.cfg.seed),
+                                            self.step, None):
+                            interruption.defer()
+                            self.recovery.updating = True
+                            self.learn(units)
+                            self.recovery.updating = False
+                            self.recovery.succeeded()
+                            interruption.allow()
+                            bar(self.step, self.shown())
+                            if time.monotonic() - self._saved_at >= self.cfg.checkpoint.seconds:
+                                self.save()
+                    except Exception as error:
+                        interruption.allow()
+                        self.recovery.heal(error)
+            except (KeyboardInterrupt, SystemExit):
+                self.save()
+                raise
+            finally:
+                self.saver.give_up()
+
+    def learn(self, units: np.ndarray) -> None:
+        """One optimizer step."""
+        result = self.group.call_each(SupervisedLearner.train, deal(units, self.task.weights, len(self.group)))[0]
+        if result["pairs"]:
+            result["accuracy"] = result["correct"] / result["pairs"]
+            if "margin_sum" in result:
+                result["margin"] = result["margin_sum"] / result["pairs"]
+        self.step, self.last = self.step + 1, result
+        self.log.write(json.dumps({"step": self.step, **result, "seconds": time.monotonic() - self.started}) + "\n")
+        self.log.flush()
+
+    def shown(self) -> str:
+        """The last step for a person."""
+        words = {"loss": "loss {:.3f}", "accuracy": "pairs {:.2f}", "margin": "margin {:.2f}"}
+        return "  ".join(form.format(self.last[key]) for key, form in words.items() if key in self.last)
+
+    def save(self) -> None:
+        if self.step > self.saver.saved and self.recovery.settled:
+            os.fsync(self.log.fileno())
+            self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.tell()}, {})
+            self._saved_at = time.monotonic()
+
+    def roll_back(self, checkpoint: Checkpoint | None) -> None:
+        """The learners hold a checkpoint's state, or that of the start: so does the driver."""
+        state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "last": {}, "metrics": 0}
+        self.step, self.last = state["step"], state["last"]
+        self.log.truncate(state["metrics"])
+        self.log.seek(state["metrics"])
+        if checkpoint:
+            console.print(f"going on after step {self.step} of {self.steps}")
+        elif self.task.dpo is not None:
+            everything = np.concatenate([self.task.train, self.task.val])
+            self.group.call_each(SupervisedLearner.remember_reference,
+                                 deal(everything, self.task.weights, len(self.group)))
+
+
 @contextmanager
-def supervised(cfg: Config, task: Task, out_dir: Path) -> Iterator[Trained]:
-    """Train; inside the context the learners still live, so that the caller can evaluate and save."""
+def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[Trained]:
+    """Train; inside the context the learners still live, so that the caller can evaluate and save.
+
+    resume: given the last step, where the checkpoints are and the one from which to go on, if any.
+    """
     role = cfg.roles.supervised
-    out_dir.mkdir(parents=True, exist_ok=True)
     # An epoch's last batch may be smaller, so a whole number of epochs takes ceil(per epoch) steps each.
     per_epoch = math.ceil(len(task.train) / task.batch_size)
     steps = max(1, round(task.epochs * per_epoch))
-    with Cast(layout_of(cfg, ["supervised"]), cfg.cluster) as cast:
+    checkpoints, checkpoint = resume(steps)
+    out_dir = checkpoints.directory.parent
+    with Cast(layout_of(cfg, ["supervised"]), cfg.cluster, out_dir) as cast:
         data = ray.put(task.data)
         group = cast.start(
             SupervisedLearner, "supervised",
@@ -109,22 +196,8 @@ def supervised(cfg: Config, task: Task, out_dir: Path) -> Iterator[Trained]:
             role.threads,
         )
         actors = cast.ready()
-        started = time.monotonic()
-        if task.dpo is not None:
-            everything = np.concatenate([task.train, task.val])
-            group.call_each(SupervisedLearner.remember_reference, deal(everything, task.weights, len(group)))
-        with progress_bar(task.name, steps) as bar, (out_dir / "metrics.jsonl").open("w") as log:
-            for step, units in enumerate(batches(task.train, task.batch_size, steps, cfg.seed), start=1):
-                result = group.call_each(SupervisedLearner.train, deal(units, task.weights, len(group)))[0]
-                shown = f"loss {result['loss']:.3f}"
-                if result["pairs"]:
-                    result["accuracy"] = result["correct"] / result["pairs"]
-                    shown += f"  pairs {result['accuracy']:.2f}"
-                    if "margin_sum" in result:
-                        result["margin"] = result["margin_sum"] / result["pairs"]
-                        shown += f"  margin {result['margin']:.2f}"
-                log.write(json.dumps({"step": step, **result, "seconds": time.monotonic() - started}) + "\n")
-                log.flush()
-                bar(shown)
+        with (out_dir / "metrics.jsonl").open("a") as log:
+            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, log)
+            trainer.run(checkpoint)
         val = group.call_each(SupervisedLearner.evaluate, deal(task.val, task.weights, len(group)))[0]
-        yield Trained(group, actors, result, val)
+        yield Trained(group, actors, trainer.last, val)

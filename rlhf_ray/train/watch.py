@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.schema import AlarmsConfig
 from rlhf_ray.errors import UserError
-from rlhf_ray.metrics.alarms import AlarmMonitor
+from rlhf_ray.metrics.alarms import Alarm, AlarmMonitor
 from rlhf_ray.metrics.progress import console
 
 PAUSED = "PAUSED"
 
 
 class Watch:
-    """Called once per iteration with what was recorded. `save` keeps the policy before the run is stopped.
+    """`check` and then `act` are called once per iteration. `save` keeps the policy before the run is stopped.
 
     `<directory>/alarms.jsonl` gets a line for each alarm. A pause lasts until the file `<directory>/PAUSED`, which
     says why, is removed; actors and weights stay as they are.
@@ -26,13 +27,19 @@ class Watch:
 
     def __init__(self, cfg: AlarmsConfig, directory: Path, save: Callable[[], Any]):
         self.monitor, self.directory, self._save = AlarmMonitor(cfg), directory, save
+        self._file = directory / "alarms.jsonl"
 
-    def __call__(self, iteration: int, values: Mapping[str, Any]) -> None:
+    def check(self, iteration: int, values: Mapping[str, Any]) -> list[Alarm]:
+        """The alarms of this iteration, after they were reported."""
         alarms = self.monitor.check(iteration, values)
         for alarm in alarms:
             console.print(f"ALARM {alarm.name}: {alarm.message}", markup=False, style="bold red", soft_wrap=True)
-            with (self.directory / "alarms.jsonl").open("a", encoding="utf-8") as file:
+            with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(alarm)) + "\n")
+        return alarms
+
+    def act(self, iteration: int, alarms: Sequence[Alarm]) -> None:
+        """Stop (by a UserError), pause, or go on."""
         stopping = [a for a in alarms if a.action == "stop"]
         if stopping:
             self._save()
@@ -40,6 +47,17 @@ class Watch:
                             f"iteration is saved: {stopping[0].message}")
         if any(a.action == "pause" for a in alarms):
             self._pause(iteration, [a.message for a in alarms if a.action == "pause"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: JSON-able."""
+        written = self._file.stat().st_size if self._file.exists() else 0
+        return {"monitor": self.monitor.state_dict(), "position": written}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: what was written later is written again."""
+        self.monitor.load_state_dict(state["monitor"])
+        if self._file.exists():
+            os.truncate(self._file, state["position"])
 
     def _pause(self, iteration: int, messages: list[str]) -> None:
         flag = self.directory / PAUSED

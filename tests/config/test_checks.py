@@ -54,6 +54,7 @@ def test_all_range_problems_come_together() -> None:
     (["algorithm.kl_estimator=k3"], ["algorithm.kl_estimator=k3", "algorithm.kl_in=reward", "use k1"]),
     (["algorithm.kl_target=6", "algorithm.kl_coef=0"], ["algorithm.kl_target=6", "algorithm.kl_coef"]),
     (["algorithm=reinforce_pp", "ppo.critic_warmup_iterations=2"], ["ppo.critic_warmup_iterations=2", "no critic"]),
+    (["export.source=dpo", "export.checkpoint=3"], ["export.checkpoint=3", "export.source=dpo"]),
     (["reward.sources=[]"], ["reward.sources=[]"]),
     (["reward.sources=[model,'m:f']", "reward.weights=[1]"], ["reward.weights has 1 entries for the 2"]),
     (["reward.sources=[model,model]"], ["reward.sources names model twice"]),

@@ -44,12 +44,17 @@ def ppo_run(
     for key, value in change.items():
         section, name = key.split("_", 1)
         setattr(getattr(cfg.roles, section), name, value)
+    earlier_stages(directory, start, reward)
+    ppo.run(cfg)
+    return [json.loads(line) for line in (directory / "ppo/metrics.jsonl").read_text().splitlines()]
+
+
+def earlier_stages(directory: Path, start: str, reward: str) -> None:
+    """As if sft and rm had made these models."""
     for stage, model in (("sft", start), ("rm", reward)):
         (directory / stage).mkdir(parents=True)
         (directory / stage / "model").symlink_to(model)
         (directory / stage / "stage.json").write_text("{}")
-    ppo.run(cfg)
-    return [json.loads(line) for line in (directory / "ppo/metrics.jsonl").read_text().splitlines()]
 
 
 def ppo_config(directory: Path, start: str, algorithm: str) -> Config:

@@ -1,12 +1,14 @@
-"""Where stages look for what the stages before them made."""
+"""Where stages look for what the stages before them made, and how they tell models apart."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rlhf_ray.config.schema import Config
 from rlhf_ray.errors import UserError
-from rlhf_ray.stages.common import Paths, stage_record, write_json
+from rlhf_ray.stages.common import Paths, model_fingerprint, stage_record, write_json
 
 
 def test_a_stage_that_has_not_ended_well_is_asked_for(tmp_path: Path) -> None:
@@ -23,3 +25,40 @@ def test_a_stage_that_has_not_ended_well_is_asked_for(tmp_path: Path) -> None:
     assert stage_record(cfg, "sft") == {"seconds": 1}
     with pytest.raises(UserError, match="no finished compare"):
         paths.require("compare")
+
+
+def model_in(directory: Path, weights: bytes) -> str:
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(weights)
+    return str(directory)
+
+
+def test_a_copied_model_is_the_same_model(tmp_path: Path) -> None:
+    original = model_in(tmp_path / "run", b"x" * (3 << 20))
+    before = model_fingerprint(original)
+    copied = str(shutil.copytree(original, tmp_path / "copy", copy_function=shutil.copy))
+    os.utime(tmp_path / "copy" / "config.json", ns=(0, 1))
+    assert model_fingerprint(copied) == before
+    assert len(before) == 64 and str(tmp_path) not in before
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20, 3 << 20])
+@pytest.mark.parametrize("place", [0, -1])
+def test_other_weights_are_another_model(size: int, place: int, tmp_path: Path) -> None:
+    weights = bytearray(size)
+    before = model_fingerprint(model_in(tmp_path / "a", bytes(weights)))
+    weights[place] = 1
+    assert model_fingerprint(model_in(tmp_path / "b", bytes(weights))) != before
+    assert model_fingerprint(model_in(tmp_path / "c", bytes(size + 1))) != before
+
+
+def test_up_to_a_mebibyte_every_byte_counts(tmp_path: Path) -> None:
+    prints = {model_fingerprint(model_in(tmp_path / str(i), bytes(1 << 19) + bytes([i]) + bytes((1 << 19) - 1)))
+              for i in range(3)}
+    assert len(prints) == 3
+
+
+def test_a_model_of_the_hub_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_fingerprint("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"

@@ -101,11 +101,12 @@ def test_another_file_makes_all_stale(tmp_path: Path) -> None:
 
 
 def test_another_base_model_in_the_same_place_makes_all_stale(tmp_path: Path) -> None:
-    """Other weights of the same size are told by their time, and a new file by its name."""
+    """Other weights of the same size and time are told by what is in them, and a new file by its name."""
     cfg = config()
     cfg.model.path = str(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_text("one")
+    os.utime(weights, ns=(0, 1))
     found = [fingerprints(cfg)]
     weights.write_text("two")
     os.utime(weights, ns=(0, 1))

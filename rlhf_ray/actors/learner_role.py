@@ -1,0 +1,44 @@
+"""What every learner can do besides learning: be copied, written down, brought back, and join a new group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from rlhf_ray.cluster.role import Role
+from rlhf_ray.engines.learner import Learner
+from rlhf_ray.models.shards import SavedFile, Shards, shard_name, write_tensors
+
+
+class LearnerRole(Role):
+    """Base of all learners; one instance is one ZeRO-3 rank. `setup` may be called again, when ranks were lost: the
+    process then leaves its group, loads the first weights again and joins the new group."""
+
+    role: ClassVar[str]
+    learner: Learner
+
+    def leave(self) -> None:
+        """Let go of an earlier life."""
+        if "learner" in self.__dict__:
+            self.__dict__.pop("learner").close()
+
+    def snapshot(self) -> None:
+        """Copy the state to host memory, for `write`; training may go on at once."""
+        tensors, header = self.learner.state()
+        self._snapshot: list[tuple[str, dict[str, Tensor], dict[str, Any]]] = [
+            (shard_name(self.role, self.learner.rank, self.learner.world_size), tensors, header), *self.more()]
+
+    def more(self) -> list[tuple[str, dict[str, Tensor], dict[str, Any]]]:
+        """Further files of this rank: (name, tensors, header)."""
+        return []
+
+    def write(self, directory: str) -> list[SavedFile]:
+        """Write the snapshot; runs beside whatever else the learner does (concurrency group `io`)."""
+        return [write_tensors(Path(directory) / name, tensors, header) for name, tensors, header in self._snapshot]
+
+    def restore(self, directory: str) -> None:
+        """Take over what was written there, by as many ranks or by others."""
+        with Shards(Path(directory), self.role) as shards:
+            self.learner.load(shards)

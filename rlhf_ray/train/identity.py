@@ -1,0 +1,66 @@
+"""Is this the run that the checkpoint is of? What may change when a stage goes on, and what may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rlhf_ray.config.schema import Config
+from rlhf_ray.errors import UserError
+from rlhf_ray.metrics.progress import console
+from rlhf_ray.versions import find, installed
+
+# May change between a checkpoint and the run that goes on from it: sections and keys.
+FREE = ("output_dir", "roles", "weight_sync", "cluster", "logging", "alarms", "checkpoint", "eval",
+        "ppo.iterations")
+_COMPUTES = ("torch", "vllm", "deepspeed", "transformers", "ray")  # their versions can change the last digits
+
+
+def identity_of(stage: str, cfg: Config, data: str, models: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint records of its run. data: fingerprint; models: name to fingerprint, each short enough to be
+    shown in one line."""
+    versions = {name: version for name, version in installed().items() if name in _COMPUTES}
+    return {"stage": stage, "config": asdict(cfg), "data": data, "models": dict(models),
+            "versions": versions | {"rlhf_ray": find("rlhf-ray") or "checkout"}}
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], sections: Sequence[str]) -> None:
+    """Raise UserError, a line per difference, unless a run `now` may go on from a checkpoint of the run `saved`.
+
+    sections: of the configuration, what the stage's result depends on. Keys that only one of the two has come from
+    another version of rlhf_ray and are passed over; other versions of what computes get a line on the console.
+    """
+    stage = now["stage"]
+    lines = [f"{key} was {was} in the checkpoint, is {new} now" for key, was, new
+             in _changes(dict(_leaves(saved["config"])), dict(_leaves(now["config"])))
+             if _within(key, sections) and not _within(key, FREE)]
+    if saved["data"] != now["data"]:
+        lines.append(f"the data of the run changed: fingerprint was {saved['data']}, is {now['data']}")
+    lines += [f"the model `{name}` changed: fingerprint was {was}, is {new}"
+              for name, was, new in _changes(saved["models"], now["models"])]
+    if lines:
+        lines += ["the checkpoint is of another run: set these back, start over with resume=never, or use another "
+                  "output_dir", f"what may change when a run goes on: {', '.join(FREE)}"]
+        raise UserError("\n".join(f"{stage}: {line}" for line in lines))
+    others = [f"{name} {was}, now {new}" for name, was, new in _changes(saved["versions"], now["versions"])]
+    if others:
+        console.print(f"{stage}: the checkpoint was made with other versions ({'; '.join(others)}): results may differ "
+                      "in the last digits", markup=False)
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, saved value, value now) of what both have and differs."""
+    return [(key, saved[key], now[key]) for key in saved if key in now and saved[key] != now[key]]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _within(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)

@@ -1,0 +1,57 @@
+"""SIGTERM and Ctrl-C: between two states of a run, not in the middle of an update."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """A context in which the two signals raise SystemExit(143) and KeyboardInterrupt at once, or, between `defer` and
+    `allow`, as soon as that is over. A second one does not wait. Does nothing outside the main thread.
+
+    Python drops what a handler raises while some object's `__del__` happens to run (Ray's references have one):
+    `allow` raises it again.
+    """
+
+    def __init__(self) -> None:
+        self._deferring = False
+        self._pending: int | None = None
+        self._before: list[Any] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = [signal.signal(number, self._handle) for number in SIGNALS]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in zip(SIGNALS, self._before, strict=False):
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        self._deferring = True
+
+    def allow(self) -> None:
+        """Raise what came meanwhile."""
+        self._deferring = False
+        if self._pending is not None:
+            number, self._pending = self._pending, None
+            self._raise(number)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        wait = self._deferring and self._pending is None
+        self._pending = number
+        if not wait:
+            self._raise(number)
+
+    @staticmethod
+    def _raise(number: int) -> None:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
