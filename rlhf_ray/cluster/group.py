@@ -185,6 +185,7 @@ class Cast:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+        self._parts.clear()  # the store may let go of what the actors were given
 
     def meeting_point(self, role: str) -> tuple[str, int]:
         """Where the actors of a role meet: address of the node that holds the first, and a port free there."""

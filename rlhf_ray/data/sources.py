@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
@@ -49,6 +49,13 @@ class TaskData(Protocol):
     def verifier(self) -> Verifier | None: ...
 
 
+@lru_cache
+def _contents(path: str, size: int, mtime_ns: int) -> str:
+    """sha256 of a file; size and time are there so that a file that changed is read again."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class FileData:
     """The user's files, read when they are asked for."""
 
@@ -74,13 +81,12 @@ class FileData:
         return self._read("eval_texts", formats.read_texts)
 
     def fingerprint(self) -> str:
-        """Hash of the configuration and of size and time of every file it names."""
+        """Hash of the configuration, with the contents of every file in place of its path."""
         facts: dict[str, Any] = {}
         for key, value in sorted(vars(self.cfg).items()):
             facts[key] = value
             if isinstance(value, str) and not value.startswith("hf://") and Path(value).is_file():
-                status = Path(value).stat()
-                facts[key] = [value, status.st_size, status.st_mtime_ns]
+                facts[key] = _contents(value, Path(value).stat().st_size, Path(value).stat().st_mtime_ns)
         return _sha256(facts)
 
     def counts(self) -> dict[str, int]:

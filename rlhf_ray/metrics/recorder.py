@@ -60,6 +60,7 @@ class Recorder:
 
     def rewind(self, position: int) -> None:
         """Forget everything after `position`: a resumed run records it again."""
+        position = min(position, self.position)  # a file that lost lines must not be filled up with zeros
         self._file.truncate(position)
         self._file.seek(position)
 

@@ -11,9 +11,11 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.versions import find, installed
 
-# May change between a checkpoint and the run that goes on from it: sections and keys.
+# May change between a checkpoint and the run that goes on from it: sections and keys. Files may move: what is in them
+# is in the fingerprint of the data.
 FREE = ("output_dir", "roles", "weight_sync", "cluster", "logging", "alarms", "checkpoint", "eval",
-        "ppo.iterations")
+        "ppo.iterations", *(f"data.{name}" for name in (
+            "demonstrations", "comparisons", "compare_prompts", "ppo_prompts", "eval_prompts", "texts", "eval_texts")))
 _COMPUTES = ("torch", "vllm", "deepspeed", "transformers", "ray")  # their versions can change the last digits
 
 

@@ -92,6 +92,7 @@ class PPOTrainer:
                 raise
             finally:
                 self.saver.give_up()
+                self.workers.forget()
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint:

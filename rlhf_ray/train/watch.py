@@ -57,7 +57,7 @@ class Watch:
         """Go on from there: what was written later is written again."""
         self.monitor.load_state_dict(state["monitor"])
         if self._file.exists():
-            os.truncate(self._file, state["position"])
+            os.truncate(self._file, min(state["position"], self._file.stat().st_size))  # never longer, by zeros
 
     def _pause(self, iteration: int, messages: list[str]) -> None:
         flag = self.directory / PAUSED

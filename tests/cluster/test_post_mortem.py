@@ -50,7 +50,8 @@ def member(gone: str = "", words: str = "", role: str = "policy", index: int = 1
            rss: tuple[float, ...] = (1.1, 3.2)) -> Member:
     """On node n1, whose kernel counted 4 kills at every sign of life; rss: in GiB, a minute apart."""
     pulses = deque((1000.0 + 60 * i, Pulse(int(x * GIB), 20, 4)) for i, x in enumerate(rss))
-    return Member(role, index, f"{role}-{index}.1", None, "10.0.0.3", "n1", pid, (), pulses, gone=gone, words=words)
+    return Member(role, index, f"{role}-{index}.1", None, "10.0.0.3", "n1", pid, pulses=pulses, gone=gone,
+                  words=words)
 
 
 def raised(cause: Exception, pid: int = 7) -> BaseException:
@@ -216,7 +217,7 @@ def cluster():
 def watched(role: str) -> Member:
     actor = Victim.remote()
     node, node_id, pid, logs, pulse = ray.get(actor.who.remote(), timeout=60)
-    return Member(role, 0, f"{role}-0.1", actor, node, node_id, pid, logs, deque([(time.time(), pulse)]))
+    return Member(role, 0, f"{role}-0.1", actor, node, node_id, pid, logs, pulses=deque([(time.time(), pulse)]))
 
 
 def test_kill_9_from_outside(cluster: None, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_bad_overrides(override: str, says: str) -> None:
 def test_yaml_is_the_whole_configuration() -> None:
     tree = yaml.safe_load(to_yaml(compose(["sft.optimizer.lr=3e-4"])))
     assert tree["sft"]["optimizer"]["lr"] == 3e-4
-    assert list(tree)[:4] == ["output_dir", "seed", "stages", "model"]
+    assert list(tree)[:5] == ["output_dir", "seed", "resume", "stages", "model"]
 
 
 def test_describe_covers_every_key() -> None:

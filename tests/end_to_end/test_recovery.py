@@ -3,7 +3,6 @@
 import signal
 from pathlib import Path
 
-import pytest
 
 from chaos.harness import Fault, chaos, outcome
 from end_to_end.small import earlier_stages, ppo_config

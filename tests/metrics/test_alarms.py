@@ -16,6 +16,7 @@ HEALTHY = {
     "score": 1.6, "judge_score": 1.5, "kl_per_sequence": 3.5, "entropy": 2.3, "response_length": 21.0,
     "repeated_ngrams": 0.002, "equal_groups": 0.1, "explained_variance": 0.6, "policy_skipped_steps": 0.0,
     "critic_skipped_steps": 0.0, "policy_grad_norm": 1.2, "seconds": {"rollout": 1.5, "update": 2.9},
+    "memory_gib": {"policy-0": 1.0, "generator-0": 2.0},
 }
 
 
@@ -32,7 +33,7 @@ def rings(cfg: AlarmsConfig, history: list[dict[str, Any]]) -> list[tuple[str, i
 def every_time(name: str, **numbers: Any) -> AlarmsConfig:
     """An alarm without cooldown, `numbers` on the section itself; the others off."""
     cfg = AlarmsConfig(**numbers)
-    for other in ("kl", "entropy", "length", "repetition", "divergence", "nonfinite", "equal_groups"):
+    for other in ("kl", "entropy", "length", "repetition", "divergence", "nonfinite", "equal_groups", "memory"):
         alarm = getattr(cfg, other)
         alarm.action, alarm.cooldown = ("log", 0) if other == name else ("off", 0)
     return cfg
@@ -164,6 +165,38 @@ def test_skipped_steps_are_tolerated_up_to_the_threshold_with_the_norm_that_belo
     assert rings(cfg, uncounted) == [("nonfinite", 1)]
 
 
+def gib(*held: dict[str, float] | None) -> list[dict[str, Any]]:
+    """An iteration per entry: resident memory by actor."""
+    return lines(len(held), memory_gib=lambda i: held[i - 1])
+
+
+def test_memory_is_compared_with_the_least_of_the_warm_up_actor_by_actor():
+    """policy-0: least 1.0, so 1.5 is the limit, and 1.75 is 1.75 times. generator-0: least 2.0, limit 3.0; it grows by
+    more GiB, but only 1.625 times. In the warm-up nothing rings."""
+    (alarm,) = replay(every_time("memory"), gib(
+        {"policy-0": 4.0, "generator-0": 2.0}, {"policy-0": 1.0, "generator-0": 9.0},
+        {"policy-0": 1.5, "generator-0": 3.0}, {"policy-0": 1.75, "generator-0": 3.25}))
+    assert (alarm.name, alarm.iteration, alarm.value) == ("memory", 4, 1.75)
+    assert alarm.message.startswith("policy-0 holds 1.75 GiB, 1.75 times what it began with")
+
+
+def test_memory_of_an_actor_that_was_restarted_counts_from_the_first_warm_up():
+    """2.0 GiB at first, 0.5 in a new process: what it grows to is compared with 2.0, so 3.0 is silent, 3.5 is not."""
+    held = gib(*({"policy-0": x} for x in (2.0, 2.0, 0.5, 3.0, 3.5)))
+    assert rings(every_time("memory"), held) == [("memory", 5)]
+
+
+def test_memory_without_a_baseline_is_silent():
+    """None was recorded; not in the warm-up, or in one iteration of it only; an actor that came later."""
+    cfg = every_time("memory")
+    history = gib({}, {}, {"policy-0": 9.0})
+    assert rings(cfg, history) == []
+    del history[2]["memory_gib"]
+    assert rings(cfg, history) == []
+    assert rings(cfg, gib({}, {"policy-0": 1.0}, {"policy-0": 1.75})) == [("memory", 3)]
+    assert rings(cfg, gib({"policy-0": 1.0}, {"policy-0": 1.0}, {"policy-0": 1.0, "judge-0": 9.0})) == []
+
+
 def test_what_is_absent_is_silent():
     assert replay(AlarmsConfig(), [{"iteration": i} for i in range(1, 20)]) == []
 
@@ -188,9 +221,9 @@ def test_messages_say_what_and_what_to_do():
     straight = [float(i) for i in range(10)]
     history = scores(straight, straight)
     history[-1] |= {"kl_per_sequence": 60.0, "entropy": 0.1, "response_length": 48.0, "repeated_ngrams": 0.4,
-                    "policy_skipped_steps": 3.0, "equal_groups": 1.0}
+                    "policy_skipped_steps": 3.0, "equal_groups": 1.0, "memory_gib": {"policy-0": 1.6}}
     found = replay(AlarmsConfig(), history)
-    names = ["kl", "entropy", "length", "repetition", "divergence", "nonfinite", "equal_groups"]
+    names = ["kl", "entropy", "length", "repetition", "divergence", "nonfinite", "equal_groups", "memory"]
     assert [alarm.name for alarm in found] == names
     for alarm in found:
         assert f"alarms.{alarm.name}.threshold={alarm.threshold:g}" in alarm.message
@@ -202,7 +235,8 @@ def test_messages_say_what_and_what_to_do():
 def test_every_alarm_of_the_configuration_is_watched():
     configured = {name for name, value in vars(AlarmsConfig()).items() if isinstance(value, AlarmConfig)}
     assert all(callable(getattr(alarms, name)) for name in configured)
-    assert configured == {"kl", "entropy", "length", "repetition", "divergence", "nonfinite", "equal_groups"}
+    assert configured == {"kl", "entropy", "length", "repetition", "divergence", "nonfinite", "equal_groups",
+                          "memory"}
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12, 20])

@@ -51,6 +51,36 @@ def test_lines_are_on_disk_at_once_and_appended(tmp_path, capsys):
     assert len(shown.splitlines()) == 2  # one unwrapped line each
 
 
+def test_what_was_recorded_after_a_position_is_gone_and_the_next_line_follows(tmp_path, capsys):
+    """Gone back to after iteration 1, in the same process and then, from a checkpoint, in a new one."""
+    def score_by_iteration():
+        return [(row["iteration"], row["score"]) for row in read_history(tmp_path)]
+
+    with Recorder(tmp_path, "disabled", "project", {}) as recorder:
+        assert recorder.position == 0
+        recorder.log(1, {"score": 0.5})
+        position = recorder.position
+        assert position == (tmp_path / "metrics.jsonl").stat().st_size == len('{"iteration": 1, "score": 0.5}\n')
+        recorder.log(2, {"score": 0.25})
+        recorder.log(3, {"score": 0.75})
+        recorder.rewind(position)
+        assert score_by_iteration() == [(1, 0.5)] and recorder.position == position
+        recorder.log(2, {"score": 1.0})
+        assert score_by_iteration() == [(1, 0.5), (2, 1.0)]
+    with Recorder(tmp_path, "disabled", "project", {}) as recorder:
+        assert recorder.position == 2 * position  # both lines are of one length
+        recorder.rewind(position)
+        recorder.log(2, {"score": 0.0})
+    assert score_by_iteration() == [(1, 0.5), (2, 0.0)]
+
+
+def test_a_file_that_lost_lines_is_not_filled_up(tmp_path, capsys):
+    with Recorder(tmp_path, "disabled", "project", {}) as recorder:
+        recorder.rewind(99)
+        recorder.log(5, {"score": 0.5})
+    assert read_history(tmp_path) == [{"iteration": 5, "score": 0.5}]
+
+
 def test_close_twice_and_no_wandb_where_disabled(tmp_path):
     before = "wandb" in sys.modules
     recorder = Recorder(tmp_path, "disabled", "project", {})

@@ -331,21 +331,24 @@ def test_the_same_run_goes_on_in_silence(capsys: pytest.CaptureFixture[str]) -> 
 def test_what_does_not_touch_the_result_may_change() -> None:
     check_same_run(identity(), with_config(
         output_dir="elsewhere", resume="never", roles__policy__ranks=3, weight_sync__bucket_mib=1.0,
-        cluster__address="auto", checkpoint__keep_last=9, ppo__iterations=99, sft__epochs=7), PPO)
+        cluster__address="auto", checkpoint__keep_last=9, ppo__iterations=99, sft__epochs=7,
+        data__texts="moved.txt"), PPO)  # what is in a file is in the fingerprint of the data
 
 
 def test_every_changed_key_gets_a_line() -> None:
     with pytest.raises(UserError) as error:
         check_same_run(identity(), with_config(
-            rollout__temperature=0.7, ppo__policy_optimizer__lr=3e-4, data__texts="b.txt", roles__policy__ranks=3), PPO)
+            rollout__temperature=0.7, ppo__policy_optimizer__lr=3e-4, data__template="none", roles__policy__ranks=3),
+                       PPO)
     assert str(error.value).splitlines() == [
-        "ppo: data.texts was None in the checkpoint, is b.txt now",
+        "ppo: data.template was chat in the checkpoint, is none now",
         "ppo: rollout.temperature was 1.0 in the checkpoint, is 0.7 now",
         "ppo: ppo.policy_optimizer.lr was 0.0001 in the checkpoint, is 0.0003 now",
         "ppo: the checkpoint is of another run: set these back, start over with resume=never, or use another "
         "output_dir",
         "ppo: what may change when a run goes on: output_dir, roles, weight_sync, cluster, logging, alarms, "
-        "checkpoint, recovery, eval, ppo.iterations",
+        "checkpoint, eval, ppo.iterations, data.demonstrations, data.comparisons, data.compare_prompts, "
+        "data.ppo_prompts, data.eval_prompts, data.texts, data.eval_texts",
     ]
 
 

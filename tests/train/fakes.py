@@ -1,0 +1,96 @@
+"""A stage whose actors are not there: what is asked of them is noted, in order."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from rlhf_ray.cluster.group import Group
+from rlhf_ray.cluster.health import Member
+from rlhf_ray.config.schema import CheckpointConfig
+from rlhf_ray.train import recovery
+from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
+from rlhf_ray.train.recovery import Recovery, Saver
+
+Call = Callable[[], Any]
+
+
+class Actor:
+    """Notes every call; what comes back is that call, to be waited for."""
+
+    def __init__(self, name: str, script: "Script"):
+        self.name, self.script = name, script
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*args: str) -> Call:
+            self.script.notes.append(" ".join([method, self.name, *(Path(x).name for x in args)]))
+            return lambda: self.script.answer(method)
+
+        return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
+
+
+class Script:
+    """A policy of two ranks, a critic of one, a reward model. notes: what happened. losses: who is gone at each
+    look. errors: what the next calls of that name raise."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, attempts: int = 2):
+        self.slow = False  # whether calls are still under way
+        monkeypatch.setattr(recovery, "wait", lambda calls, timeout_s, what: [call() for call in calls])
+        monkeypatch.setattr(recovery, "ray", SimpleNamespace(
+            wait=lambda calls, **_: ([], calls) if self.slow else (calls, [])))
+        self.notes: list[str] = []
+        self.losses: list[list[str]] = []
+        self.errors: dict[str, list[BaseException]] = {}
+        self.arguments = {"policy": [("rank 0", "a"), ("rank 1", "b")], "critic": [("rank 0", "c")]}
+        self.learners = [Group(role, [Actor(f"{role}-{i}", self) for i in range(n)], 1.0)
+                         for role, n in (("policy", 2), ("critic", 1))]
+        self.checkpoints = Checkpoints(directory, CheckpointConfig(), {})
+        self.saver = Saver(self.checkpoints, self.learners)
+        cast: Any = self
+        self.recovery = Recovery(cast, self.learners, self.saver, attempts, lambda: self.notes.append("connect"),
+                                 self.roll_back)
+
+    def answer(self, what: str) -> list[Any]:
+        if self.errors.get(what):
+            raise self.errors[what].pop(0)
+        return []
+
+    def roll_back(self, checkpoint: Checkpoint | None) -> None:
+        self.notes.append(f"roll back to {checkpoint.step if checkpoint else 'the start'}")
+
+    def saved(self, step: int) -> "Script":
+        self.saver.save(step, {"step": step}, {})
+        self.saver.finish()
+        self.notes.clear()
+        return self
+
+    def heal(self, *gone: str, error: Exception | None = None, updated: bool = False) -> bool:
+        self.losses.insert(0, list(gone))
+        self.notes.clear()
+        return self.recovery.heal(error or ActorDiedError(), updated)
+
+    # -- as Cast has it
+
+    def lost(self, error: BaseException) -> list[Member]:
+        names = [name.split("-") for name in (self.losses.pop(0) if self.losses else [])]
+        return [Member(role, int(i), f"{role}-{i}", None, gone="died") for role, i in names]
+
+    def replace(self, member: Member, set_up: bool = True) -> None:
+        self.notes.append(f"replace {member.name}" + ("" if set_up else ", to be set up with its group"))
+
+    def ready(self) -> None:
+        self.notes.append("ready")
+        self.answer("ready")
+
+    def args(self, group: Group) -> list[tuple[Any, ...]]:
+        return self.arguments[group.role]
+
+    def set_up_again(self, group: Group, per_actor: list[tuple[Any, ...]]) -> None:
+        self.notes.append(f"set up {group.role}")
+        self.arguments[group.role] = per_actor
+
+    def meeting_point(self, role: str) -> tuple[str, int]:
+        return "10.0.0.3", 1234
