@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 LOCK := requirements/cpu.txt
 
-.PHONY: install quickstart test test-fast lint bench clean
+.PHONY: install quickstart test test-fast chaos lint bench clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,10 @@ test: install
 
 test-fast: install  # without the end-to-end tests
 	$(BIN)/pytest --ignore tests/end_to_end
+
+chaos: install  # an hour of faults: one hundred actors, twenty whole runs, two hundred iterations
+	CHAOS_FAULTS=100 CHAOS_RESULTS=$(CURDIR)/benchmarks/results/recovery.json CHAOS_KILLS=20 CHAOS_ITERATIONS=200 \
+	  $(BIN)/pytest --timeout 5400 -s $(addprefix tests/end_to_end/test_,recovery.py resume.py endurance.py)
 
 lint: install
 	$(BIN)/ruff check .

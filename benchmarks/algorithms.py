@@ -107,8 +107,8 @@ def evaluate(args: argparse.Namespace) -> list[Row]:
         scorers = roles.reference_models(cast, cfg, models["sft"])
         reward = roles.reward_models(cast, cfg, str(paths.reward))
         cast.ready()
-        answers = {name: examine(cfg, name, models, generators, scorers, reward, prompts, blocks, tokenizer, judge)
-                   for name in models}
+        answers = {name: examine(cfg, cast, name, models, generators, scorers, reward, prompts, blocks, tokenizer,
+                                 judge) for name in models}
     sft = answers.pop("sft")
     for name, a in answers.items():
         algorithm, _, number = name.rpartition("-")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.random import SeedSequence
 
+from rlhf_ray.cluster.group import wait
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
 from rlhf_ray.core.ragged import offsets
@@ -155,4 +155,5 @@ class RayEngines:
                                "did not arrive as they were sent: check the wire between learners and generators")
 
     def _wait(self, refs: list[Any]) -> list[Any]:
-        return list(ray.get(refs, timeout=self._timeout_s))
+        # Before the deadline of whoever waits for the learners, so that it is the generator that is found to be late.
+        return wait(refs, 0.9 * self._timeout_s, "weight sync: a generator")

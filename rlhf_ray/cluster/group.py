@@ -79,8 +79,11 @@ class Overdue(TimeoutError):
     """A call that was not answered in time. debtors: ids of the actors who owe an answer."""
 
     def __init__(self, text: str, debtors: set[str]):
-        super().__init__(text)
+        super().__init__(text, debtors)  # both, or it could not be pickled
         self.debtors = debtors
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any]:
@@ -248,6 +251,15 @@ class Cast:
         group.actors[i] = self._launch(member.role, i)
         if set_up:
             self._setups.append(group.actors[i].setup.remote(*self._parts[member.role, i].args))
+
+    def revive(self, error: Exception) -> None:
+        """Replace whoever is gone, and wait until they have come up. Raises `error` if nobody is."""
+        gone = self.lost(error)
+        if isinstance(error, UserError) or not gone:
+            raise error
+        for member in gone:
+            self.replace(member)
+        self.ready()
 
     def set_up_again(self, group: Group, per_actor: Sequence[tuple[Any, ...]]) -> None:
         """Call `setup` on all actors of a group, those that live too, with new arguments."""

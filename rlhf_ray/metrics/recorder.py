@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +39,11 @@ class Recorder:
             import wandb
 
             mode: Any = wandb_mode  # wandb's type is a literal; the configuration allows only those
-            self._wandb = wandb.init(project=project, mode=mode, dir=str(run_dir), config=config)
+            name = run_dir / "wandb_id"  # a stage that goes on is the same run there
+            if not (name.exists() and self._file.tell()):
+                name.write_text(uuid.uuid4().hex[:8])
+            self._wandb = wandb.init(project=project, mode=mode, dir=str(run_dir), config=config,
+                                     id=name.read_text(), resume="allow")
 
     def log(self, iteration: int, values: dict[str, Any]) -> None:
         """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase.

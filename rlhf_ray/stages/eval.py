@@ -83,13 +83,13 @@ def evaluate(cfg: Config, record: StageRecord) -> None:
     blocks = token_blocks(task_data.eval_texts(), tokenizer, cfg.model.max_length)
     blocks = some_blocks(blocks, cfg.eval.loss_blocks, cfg.seed)
     layout = roles.layout_of(cfg, ["generator", "reference", *(["reward"] if scored else [])])
-    with session(cfg), Cast(layout, cfg.cluster) as cast:
+    with session(cfg), Cast(layout, cfg.cluster, paths.stage("eval")) as cast:
         generators = roles.generators(cast, cfg, models["sft"], ray.put(prompts), roles.sync_backend(cfg))
         scorers = roles.reference_models(cast, cfg, models["sft"])
         reward = roles.reward_models(cast, cfg, str(paths.reward)) if scored else None
         actors = cast.ready()
         answers = {
-            name: examine(cfg, name, models, generators, scorers, reward, prompts, blocks, tokenizer, judge)
+            name: examine(cfg, cast, name, models, generators, scorers, reward, prompts, blocks, tokenizer, judge)
             for name in models
         }
     _record(cfg, record, answers, [_shown(p) for p in kept], judge)
@@ -117,14 +117,15 @@ def judge_of(task_data: TaskData, prompts: Sequence[Prompt], texts: Sequence[str
 
 
 def examine(
-    cfg: Config, name: str, models: dict[str, str], generators: Group, scorers: Group, reward: Group | None,
+    cfg: Config, cast: Cast, name: str, models: dict[str, str], generators: Group, scorers: Group, reward: Group | None,
     prompts: PromptSet, blocks: np.ndarray, tokenizer: Any, judge: Judge,
 ) -> Answers:
     """Let one model answer all prompts, the same seeds for every model, and measure the answers."""
     e = cfg.eval
     generators.call(Generator.load, models[name])
-    sampled = sample_answers(generators, prompts, f"eval {name}", 1, e.temperature, cfg.rollout.max_response_tokens,
-                             cfg.seed + 1, journal=Paths(cfg).stage("eval") / f"{ANSWERS}-{name}.jsonl",
+    sampled = sample_answers(cast, generators, models[name], prompts, f"eval {name}", 1, e.temperature,
+                             cfg.rollout.max_response_tokens, cfg.seed + 1,
+                             journal=Paths(cfg).stage("eval") / f"{ANSWERS}-{name}.jsonl",
                              model=f"{model_fingerprint(models[name])} {cfg.model.dtype}")
     responses = [r[0] for r in sampled]
     texts = [t.strip() for t in tokenizer.batch_decode([r.tolist() for r in responses], skip_special_tokens=True)]

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.generator import Generator, Sample, sample_seed
-from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.cluster.group import Cast, Group, Overdue, debtors
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.data.journal import Journal
@@ -37,14 +37,14 @@ def answering(cfg: Config, path: str, prompts: PromptSet, directory: Path) -> It
 
 
 def sample_answers(
-    group: Group, prompts: PromptSet, name: str, per_prompt: int, temperature: float, max_tokens: int, seed: int,
-    chunk: int = 32, journal: Path | None = None, model: str = "",
+    cast: Cast, group: Group, path: str, prompts: PromptSet, name: str, per_prompt: int, temperature: float,
+    max_tokens: int, seed: int, chunk: int = 32, journal: Path | None = None, model: str = "",
 ) -> list[list[np.ndarray]]:
-    """`per_prompt` responses to every prompt: token ids int32, [prompts][per_prompt].
+    """`per_prompt` responses of the model at `path` to every prompt: token ids int32, [prompts][per_prompt].
 
     journal: a file that keeps every finished part (`chunk` prompts), so that a call with the same arguments, after this
     one was cut off, samples only what is missing; the result is the same. The caller deletes it when all is done.
-    model: what tells the model from others, for the journal. Raises TimeoutError if a generator is not done in time.
+    model: what tells the model from others, for the journal. Generators of `cast` that are lost or late are replaced.
     """
     samples = [Sample(i, i // per_prompt, sample_seed(seed, 0, i)) for i in range(len(prompts.lengths) * per_prompt)]
     size = chunk * per_prompt
@@ -55,11 +55,21 @@ def sample_answers(
         parts = dict(kept.parts) if kept else {}
         missing = {i: samples[i : i + size] for i in range(0, len(samples), size) if i not in parts}
         with progress_bar(name, len(parts) + len(missing)) as bar:
-            for first, part in _answered(group, missing, temperature, max_tokens):
-                if kept:
-                    kept.add(first, part)
-                parts[first] = part
-                bar(len(parts), f"{sum(map(len, parts.values()))} responses")
+            tries = 0
+            while missing:
+                try:
+                    for first, part in _answered(group, missing, temperature, max_tokens):
+                        if kept:
+                            kept.add(first, part)
+                        parts[first], tries = part, 0
+                        bar(len(parts), f"{sum(map(len, parts.values()))} responses")
+                        del missing[first]
+                except Exception as error:
+                    tries += 1
+                    if tries > cast.cfg.attempts:
+                        raise
+                    cast.revive(error)
+                    group.call(Generator.load, path)
     return [parts[first][i : i + per_prompt] for first in sorted(parts)
             for i in range(0, len(parts[first]), per_prompt)]
 
@@ -68,7 +78,7 @@ def _answered(
     group: Group, parts: Mapping[int, Sequence[Sample]], temperature: float, max_tokens: int
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(number, responses) of every part as it finishes; a generator has one in hand, and the next when it is free."""
-    waiting = iter(parts.items())
+    waiting = iter(list(parts.items()))
     in_hand: dict[Any, tuple[int, Any, float]] = {}  # by reference, oldest first: part, generator, deadline
 
     def give(generator: Any) -> None:
@@ -83,7 +93,8 @@ def _answered(
         _, _, deadline = next(iter(in_hand.values()))
         done, _ = ray.wait(list(in_hand), timeout=max(0.0, deadline - time.monotonic()))
         if not done:
-            raise TimeoutError(f"generator.{Generator.answer.__name__} did not answer within {group.timeout_s:.0f} s")
+            raise Overdue(f"generator.{Generator.answer.__name__} did not answer within {group.timeout_s:.0f} s",
+                          debtors(list(in_hand)[:1]))
         number, generator, _ = in_hand.pop(done[0])
         responses = ray.get(done[0])
         give(generator)

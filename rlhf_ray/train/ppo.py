@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from ray.exceptions import ObjectLostError
 
 from rlhf_ray.actors.generator import Sample, sample_seed
 from rlhf_ray.actors.learners import CriticLearner, Window
@@ -63,6 +64,7 @@ class PPOTrainer:
         self.cfg, self.workers, self.policy, self.critic = cfg, workers, policy, critic
         self.prompts, self.ptx, self.recorder, self.watch, self.cast = prompts, ptx, recorder, watch, cast
         self.step, self.version = 0, 1
+        self.begun = self.done = False
         self.kl_coef, self.seen_scores = cfg.algorithm.kl_coef, Moments()
         learners = [policy, *([critic] if critic else [])]
         self.saver = Saver(checkpoints, learners)
@@ -73,26 +75,38 @@ class PPOTrainer:
     def run(self, checkpoint: Checkpoint | None = None) -> None:
         """Train to ppo.iterations, from a checkpoint or from the start, whatever is lost on the way.
 
-        Interrupted, it leaves a checkpoint of the last whole iteration.
+        However it ends, it leaves a checkpoint of the last whole iteration if the learners live.
         """
         with Interruption() as self.interruption:
             try:
-                self.begin(checkpoint)
-                while self.step < self.cfg.ppo.iterations:
+                while not self.done:
                     try:
-                        self.advance()
+                        self.go_on(checkpoint)
                     except Exception as error:
                         self.interruption.allow()
+                        if isinstance(error, ObjectLostError):
+                            self.workers.forget()  # what is kept may be gone with its node
                         if not isinstance(error, Again):
                             self.recovery.heal(error)
                         self.load_state_dict(self.boundary)
-                self.saver.finish()
             except (KeyboardInterrupt, SystemExit):
                 self.save()
+                raise
+            except Exception:
+                with suppress(Exception):  # the learners may be gone; what ends the run is to be told
+                    self.save()
                 raise
             finally:
                 self.saver.give_up()
                 self.workers.forget()
+
+    def go_on(self, checkpoint: Checkpoint | None) -> None:
+        if not self.begun:
+            self.begin(checkpoint)
+        while self.step < self.cfg.ppo.iterations:
+            self.advance()
+        self.saver.finish()
+        self.done = True
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint:
@@ -101,6 +115,7 @@ class PPOTrainer:
         self.connect()  # engines start from a file; from here on they hold what the learners hold
         check_first_sync(self.workers, self.policy, self.prompts.count, self.version, self.cfg.seed,
                          self.cfg.weight_sync.max_mismatch)
+        self.begun = True
 
     def advance(self) -> None:
         """One iteration: a transaction, which ends with a state that driver and learners share."""

@@ -164,8 +164,9 @@ class SupervisedTrainer:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
         state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "last": {}, "metrics": 0}
         self.step, self.last = state["step"], state["last"]
-        self.log.truncate(state["metrics"])
-        self.log.seek(state["metrics"])
+        self.log.seek(0, os.SEEK_END)
+        self.log.truncate(min(state["metrics"], self.log.tell()))
+        self.log.seek(0, os.SEEK_END)
         if checkpoint:
             console.print(f"going on after step {self.step} of {self.steps}")
         elif self.task.dpo is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -26,7 +28,7 @@ CLOCKED = ("seconds", "tokens_per_second", "reward_seconds", "memory_gib", "rest
 @dataclass
 class Fault:
     """A signal to one actor, `delay` seconds into a phase of an iteration. recovered: from there to the end of the
-    iteration, seconds."""
+    iteration in which somebody else had taken its place, seconds."""
 
     step: int
     phase: str
@@ -34,8 +36,9 @@ class Fault:
     index: int = 0
     delay: float = 0.0
     signal: int = signal.SIGKILL
-    struck: float = 0.0
-    recovered: float = field(default=0.0)
+    at: float = 0.0
+    pid: int = 0
+    recovered: float = 0.0
 
 
 class Chaos:
@@ -50,10 +53,13 @@ class Chaos:
             self.left.remove(fault)
             threading.Timer(fault.delay, self._strike, (trainer, fault)).start()
 
-    def advanced(self, seconds: float) -> None:
-        waiting = [f for f in self.struck if f.struck and not f.recovered]
+    def advanced(self, trainer: PPOTrainer, seconds: float) -> None:
+        """An iteration is done."""
+        pids = {(m.role, m.index): m.pid for m in trainer.cast.health.members.values()}
+        waiting = [f for f in self.struck if not f.recovered]
         for fault in waiting:
-            fault.recovered = time.monotonic() - fault.struck
+            if pids[fault.role, fault.index] != fault.pid:  # somebody else is there now
+                fault.recovered = time.monotonic() - fault.at
         if not waiting:
             self.plain.append(seconds)
 
@@ -62,9 +68,26 @@ class Chaos:
                               if (m.role, m.index) == (fault.role, fault.index))
         while not member.pid:  # it has just been replaced and has not yet said who it is
             time.sleep(0.05)
-        fault.struck = time.monotonic()
+        fault.at, fault.pid = time.monotonic(), member.pid
         self.struck.append(fault)
         os.kill(member.pid, fault.signal)
+
+
+def seeded(count: int, actors: Sequence[tuple[str, int]], seed: int) -> list[Fault]:
+    """One fault for each of the first `count` iterations: any actor, any phase, at any moment of it."""
+    rng = random.Random(seed)
+    return [Fault(step, rng.choice(PHASES), *rng.choice(actors), delay=rng.choice((0.0, rng.uniform(0, 0.3))),
+                  signal=signal.SIGSTOP if rng.random() < 0.05 else signal.SIGKILL) for step in range(1, count + 1)]
+
+
+def recovery_times(script: Chaos) -> dict[str, dict[str, float]]:
+    """Of each role: faults, and the median and the worst time until all was right again, seconds."""
+    times: dict[str, list[float]] = {}
+    for fault in script.struck:
+        if fault.recovered:
+            times.setdefault(fault.role, []).append(fault.recovered)
+    return {role: {"faults": len(t), "median_s": round(median(t), 1), "worst_s": round(max(t), 1)}
+            for role, t in sorted(times.items())}
 
 
 @contextmanager
@@ -80,7 +103,7 @@ def chaos(faults: Sequence[Fault]) -> Iterator[Chaos]:
         def advance(self) -> None:
             started = time.monotonic()
             super().advance()
-            script.advanced(time.monotonic() - started)
+            script.advanced(self, time.monotonic() - started)
 
     with patch.object(ppo, "PPOTrainer", Trainer):
         yield script

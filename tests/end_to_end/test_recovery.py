@@ -1,10 +1,15 @@
-"""Whatever dies, whenever: the run ends as if nothing had happened, to the last bit."""
+"""Whatever dies, whenever: the run ends as if nothing had happened, to the last bit.
 
+CHAOS_FAULTS=100 has as many seeded faults instead of one for each role; CHAOS_RESULTS is where their table goes.
+"""
+
+import json
+import os
 import signal
 from pathlib import Path
+from statistics import median
 
-
-from chaos.harness import Fault, chaos, outcome
+from chaos.harness import Fault, chaos, outcome, recovery_times, seeded
 from end_to_end.small import earlier_stages, ppo_config
 from rlhf_ray.stages import ppo
 
@@ -26,7 +31,6 @@ FAULTS = [
 
 def config(directory, models, reward_model):
     cfg = ppo_config(directory, models[0], "ppo_ptx")
-    cfg.ppo.iterations = 13
     cfg.roles.generator.replicas = cfg.roles.policy.ranks = 2
     cfg.reward.sources = ["model", "chaos.rewards:brevity"]
     cfg.cluster.heartbeat_s, cfg.cluster.heartbeat_timeout_s = 0.5, 6.0
@@ -39,14 +43,23 @@ def config(directory, models, reward_model):
 
 def test_every_role_may_die(ray_session, models, reward_model, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])  # where the reward function is found
-    plain = config(tmp_path / "plain", models, reward_model)
-    ppo.run(plain)
-    faulty = config(tmp_path / "faulty", models, reward_model)
-    with chaos(FAULTS) as script:
-        ppo.run(faulty)
-    assert not script.left and len(script.struck) == len(FAULTS)
-    for fault in script.struck:
-        print(f"{fault.role}-{fault.index} in {fault.phase}: {fault.recovered:.1f} s")
-    (weights, rows), (expected, plain_rows) = outcome(faulty), outcome(plain)
+    faults, long = FAULTS, int(os.environ.get("CHAOS_FAULTS", "0"))
+    if long:
+        faults = seeded(long, sorted({(f.role, f.index) for f in FAULTS}), seed=0)
+    runs = []
+    for name in ("plain", "faulty"):
+        runs.append(config(tmp_path / name, models, reward_model))
+        runs[-1].ppo.iterations = len(faults) + 3
+    ppo.run(runs[0])
+    with chaos(faults) as script:
+        ppo.run(runs[1])
+    assert not script.left and len(script.struck) == len(faults)
+    table = recovery_times(script)
+    print(json.dumps(table, indent=1))
+    if "CHAOS_RESULTS" in os.environ:
+        Path(os.environ["CHAOS_RESULTS"]).write_text(json.dumps(
+            {"faults": len(faults), "cpus": os.cpu_count(), "iteration_s": median(script.plain), "roles": table},
+            indent=1) + "\n")
+    (weights, rows), (expected, plain_rows) = outcome(runs[1]), outcome(runs[0])
     assert rows == plain_rows
     assert weights == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rlhf_ray.cluster.group import Group
 from rlhf_ray.train import answers
 from rlhf_ray.train.answers import ANSWERS, forget_answers, prompt_set, sample_answers
 
+NOBODY_COMES_BACK: Any = SimpleNamespace(cfg=SimpleNamespace(attempts=0))
 PROMPTS = prompt_set([[5, 6], [7], [8, 9, 10], [11], [12]])
 
 
@@ -64,7 +66,8 @@ class Actor:
 def sampled(ray: Generators, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[list[list[int]]]:
     monkeypatch.setattr(answers, "ray", ray)
     asked = {"per_prompt": 2, "temperature": 1.0, "max_tokens": 8, "seed": 3, "chunk": 1, **changes}
-    found = sample_answers(ray.group, PROMPTS, "test", **asked)
+    monkeypatch.setattr(answers, "debtors", lambda refs: set())
+    found = sample_answers(NOBODY_COMES_BACK, ray.group, "model", PROMPTS, "test", **asked)
     return [[r.tolist() for r in some] for some in found]
 
 
@@ -122,7 +125,7 @@ def test_nor_those_of_other_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     sampled(Generators(1), monkeypatch, journal=journal)
     monkeypatch.setattr(answers, "ray", other)
     prompts = prompt_set([[5], [6, 7], [8, 9, 10], [11], [12]])
-    sample_answers(other.group, prompts, "test", 2, 1.0, 8, 3, chunk=1, journal=journal)
+    sample_answers(NOBODY_COMES_BACK, other.group, "model", prompts, "test", 2, 1.0, 8, 3, chunk=1, journal=journal)
     assert len(other.calls) == 5
 
 
