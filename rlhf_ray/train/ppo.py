@@ -65,6 +65,7 @@ class PPOTrainer:
         self.prompts, self.ptx, self.recorder, self.watch, self.cast = prompts, ptx, recorder, watch, cast
         self.step, self.version = 0, 1
         self.begun = self.done = False
+        self.saving: dict[str, float] = {}  # seconds
         self.kl_coef, self.seen_scores = cfg.algorithm.kl_coef, Moments()
         learners = [policy, *([critic] if critic else [])]
         self.saver = Saver(checkpoints, learners)
@@ -126,8 +127,8 @@ class PPOTrainer:
         self.recovery.succeeded()
         self.interruption.allow()
         if self.step % self.cfg.checkpoint.iterations == 0 or self.step == self.cfg.ppo.iterations:
-            self.enter("checkpoint")
-            self.save(values)
+            with Clock(self.enter, self.saving)("checkpoint"):
+                self.save(values)
         self.watch.act(self.step, alarms)
 
     def run_step(self, step: int) -> dict[str, Any]:
@@ -146,7 +147,9 @@ class PPOTrainer:
         with clock("weight_sync"):
             self.push_weights(step + 1)
         judged = wait(rollouts.judged, self.policy.timeout_s, "judge")
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started + sum(self.saving.values())
+        clock.seconds |= self.saving  # of the checkpoint before: what of it was not done beside the work
+        self.saving.clear()
         clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
         values = {
             **batch.numbers, **report, "entropy": entropy, "mismatch": mismatch, "kl_coef": self.kl_coef,

@@ -9,8 +9,11 @@ import signal
 from pathlib import Path
 from statistics import median
 
+import pytest
+
 from chaos.harness import Fault, chaos, outcome, recovery_times, seeded
 from end_to_end.small import earlier_stages, ppo_config
+from rlhf_ray.errors import RunFailed
 from rlhf_ray.stages import ppo
 
 FAULTS = [
@@ -63,3 +66,23 @@ def test_every_role_may_die(ray_session, models, reward_model, tmp_path, monkeyp
     (weights, rows), (expected, plain_rows) = outcome(runs[1]), outcome(runs[0])
     assert rows == plain_rows
     assert weights == expected
+
+
+def test_when_the_attempts_are_used_up_it_says_why_and_can_go_on(ray_session, models, reward_model, tmp_path,
+                                                                 monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    cfg = config(tmp_path, models, reward_model)
+    cfg.ppo.iterations, cfg.cluster.attempts = 3, 0
+    with chaos([Fault(2, "rollout", "generator", 1)]), pytest.raises(RunFailed):
+        ppo.run(cfg)
+    (directory,) = (tmp_path / "ppo").glob("post_mortem-*")
+    report = json.loads((directory / "report.json").read_text())
+    assert (report["cause"], report["first"]["role"], report["first"]["index"]) == ("killed", "generator", 1)
+    assert (report["iteration"], report["phase"], report["missing"]) == (2, "rollout", [])
+    assert "generator-1" in capsys.readouterr().out
+    assert {"summary.txt", "traceback.txt", "memory.csv", "memory.png", "config.yaml", "logs"} <= {
+        p.name for p in directory.iterdir()}
+    assert not (tmp_path / "ppo/stage.json").exists()
+    assert [p.name for p in (tmp_path / "ppo/checkpoints").iterdir()] == ["step-00000001"]
+    ppo.run(cfg)
+    assert [row["iteration"] for row in outcome(cfg)[1]] == [1, 2, 3]
