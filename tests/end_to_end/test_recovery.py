@@ -10,11 +10,17 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from chaos.harness import Fault, chaos, outcome, recovery_times, seeded
-from end_to_end.small import earlier_stages, ppo_config
+from end_to_end.small import WORDS, earlier_stages, ppo_config, small_config
+from rlhf_ray.actors.generator import Sample
+from rlhf_ray.cluster.group import Cast, wait
+from rlhf_ray.cluster.health import Member
 from rlhf_ray.errors import RunFailed
-from rlhf_ray.stages import ppo
+from rlhf_ray.stages import compare, export, ppo, sft
+from rlhf_ray.train import answers, roles, supervised
+from rlhf_ray.train.answers import prompt_set
 
 FAULTS = [
     Fault(1, "rollout", "generator", 0),
@@ -86,3 +92,64 @@ def test_when_the_attempts_are_used_up_it_says_why_and_can_go_on(ray_session, mo
     assert [p.name for p in (tmp_path / "ppo/checkpoints").iterdir()] == ["step-00000001"]
     ppo.run(cfg)
     assert [row["iteration"] for row in outcome(cfg)[1]] == [1, 2, 3]
+
+
+def kill(member: Member) -> None:
+    os.kill(member.pid, signal.SIGKILL)
+
+
+def test_so_may_a_supervised_learner_and_a_generator_of_compare(ray_session, models, tmp_path, monkeypatch):
+    """Once each, in the middle of the stage; what comes out is what comes out without."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"tell of {a} and {b}", "response": f"{b} {a}"}) + "\n"
+                               for a in WORDS for b in WORDS[:8]))
+    made = []
+    for name in ("plain", "faulty"):
+        cfg = small_config(models[0])
+        cfg.output_dir, cfg.stages = str(tmp_path / name), ["sft", "compare"]
+        cfg.data.source, cfg.data.demonstrations, cfg.data.compare_prompts = "files", str(prompts), str(prompts)
+        cfg.roles.supervised.ranks, cfg.sft.epochs, cfg.checkpoint.seconds = 2, 2.0, 0.5
+        cfg.compare.ranker, cfg.compare.prompts, cfg.compare.max_response_tokens = "people", 160, 12
+        with monkeypatch.context() as patched:
+            if name == "faulty":
+                learn, answered = supervised.SupervisedTrainer.learn, answers._answered
+
+                def learning(self, units, learn=learn):
+                    if self.step == 5 and not self.recovery.restarts:
+                        kill(next(m for m in self.recovery.cast.health.members.values() if m.index == 1))
+                    learn(self, units)
+
+                def answering(group, parts, *args, answered=answered):
+                    for i, part in enumerate(answered(group, parts, *args)):
+                        if i == 1 and len(parts) == 5:  # the first attempt, in which none was done
+                            os.kill(wait([group.actors[0].describe.remote()], 60, "pid")[0]["pid"], signal.SIGKILL)
+                        yield part
+
+                patched.setattr(supervised.SupervisedTrainer, "learn", learning)
+                patched.setattr(answers, "_answered", answering)
+            sft.run(cfg)
+            compare.run(cfg)
+        made.append([(tmp_path / name / file).read_bytes() for file in (
+            "sft/model/model.safetensors", "compare/to_rank.jsonl")])
+    assert made[0] == made[1]
+
+
+def test_a_checkpoint_becomes_a_model_for_others(ray_session, models, reward_model, tmp_path):
+    """Exported, it loads with transformers and in vLLM, and says there what the policy of the run says."""
+    cfg = ppo_config(tmp_path, models[0], "grpo")
+    cfg.ppo.iterations = 2
+    earlier_stages(tmp_path, models[0], reward_model)
+    ppo.run(cfg)
+    cfg.export.checkpoint, cfg.export.path = 2, str(tmp_path / "mine")
+    export.run(cfg)
+    a, b = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (cfg.export.path, tmp_path / "ppo/model"))
+    assert all((a[name] == b[name]).all() for name in b)
+    prompts = prompt_set([[5, 6, 7], [8, 9]])
+    said = []
+    for path in (cfg.export.path, str(tmp_path / "ppo/model")):
+        with Cast(roles.layout_of(cfg, ["generator"]), cfg.cluster) as cast:
+            group = roles.generators(cast, cfg, path, prompts, "gloo")
+            cast.ready()
+            refs = [group.actors[0].answer.remote([Sample(0, 0, 1), Sample(1, 1, 2)], 0.0, 12)]
+            said.append([r.tolist() for r in wait(refs, 120, "answer")[0]])
+    assert said[0] == said[1] and said[0][0]
