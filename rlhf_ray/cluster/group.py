@@ -20,7 +20,8 @@ from rlhf_ray.cluster.post_mortem import write_post_mortem
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.cluster.runtime import nodes
 from rlhf_ray.config.schema import ClusterConfig
-from rlhf_ray.core.layout import Layout, shortfall
+from rlhf_ray.core.layout import Layout
+from rlhf_ray.core.packing import shortfall
 from rlhf_ray.errors import RunFailed, UserError
 
 # Nothing that runs in a role asks a hub or a usage server for anything.
@@ -151,10 +152,9 @@ class Cast:
         self._setups: list[ray.ObjectRef] = []
 
     def __enter__(self) -> Cast:
-        missing = shortfall(self.layout, nodes())
+        missing = shortfall(self.layout, nodes(), self.cfg.strategy)
         if missing:
-            raise UserError(f"the cluster cannot hold the roles: {missing}; lower roles.*.replicas, ranks, cpus or "
-                            "gpus, or add nodes")
+            raise UserError(f"{missing}\n  lower roles.*.replicas, ranks, cpus or gpus, or add nodes")
         bundles = [{k: v for k, v in (("CPU", b.cpus), ("GPU", b.gpus)) if v} or {"CPU": 0.001}
                    for b in self.layout.bundles]
         self._placement = placement_group(bundles, strategy=self.cfg.strategy)

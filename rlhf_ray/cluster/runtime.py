@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import ray
 
 from rlhf_ray.config.schema import ClusterConfig, Config
-from rlhf_ray.core.layout import NodeResources
+from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
 
 JUDGE_CPUS = 0.1  # it only watches

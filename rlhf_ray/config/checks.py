@@ -284,7 +284,14 @@ def _devices(cfg: Config, runs: list[str]) -> Iterator[str]:
             keys = ", ".join(f"roles.{role}.gpus=0" for role in ppo_on_cpu)
             yield (f"model.dtype=bfloat16 on CPU ({keys}) makes sampled and trained log-probabilities differ: set "
                    "model.dtype=float32, or give these roles GPUs")
+    on_gpu = [role for stage in runs for role in STAGE_ROLES[stage] if getattr(cfg.roles, role).gpus]
+    if cfg.cluster.placement == "cpu" and on_gpu:
+        keys = ", ".join(f"roles.{role}.gpus={getattr(cfg.roles, role).gpus:g}" for role in dict.fromkeys(on_gpu))
+        yield f"cluster.placement=cpu leaves GPUs alone, but {keys}: set them to 0, or cluster.placement=separate"
     generator = cfg.roles.generator
+    if "generator" in on_gpu and generator.tensor_parallel_size > 1 and generator.gpus != 1:
+        yield (f"roles.generator.tensor_parallel_size={generator.tensor_parallel_size} wants whole devices, but "
+               f"roles.generator.gpus={generator.gpus:g}: set it to 1")
     if "generator" in on_cpu and generator.tensor_parallel_size > 1:
         yield (f"roles.generator.tensor_parallel_size={generator.tensor_parallel_size} needs GPUs, but "
                "roles.generator.gpus=0: set it to 1 and raise roles.generator.replicas instead")
@@ -305,7 +312,7 @@ def _weight_sync(cfg: Config, runs: list[str]) -> Iterator[str]:
             if role.gpus == 0:
                 yield f"weight_sync.backend={backend} needs GPUs, but roles.{name}.gpus=0: use gloo or auto"
     if backend == "ipc" and not colocated:
-        yield ("weight_sync.backend=ipc needs shared GPUs, but cluster.placement=separate: set "
+        yield (f"weight_sync.backend=ipc needs shared GPUs, but cluster.placement={cfg.cluster.placement}: set "
                "cluster.placement=colocated, or weight_sync.backend=auto")
     if backend == "nccl" and colocated:
         yield ("weight_sync.backend=nccl cannot connect two processes on one GPU, but cluster.placement=colocated: "

@@ -59,7 +59,8 @@ class ClusterConfig:
                                "shares of the machine, not cores)", ge=1)
     object_store_gib: float = opt(0.5, "object store of a local Ray, GiB", gt=0)
     placement: str = opt("separate", "`separate`: each role on resources of its own; `colocated`: generator "
-                         "i shares the device of policy rank i", choices=("separate", "colocated"))
+                         "i shares the device of policy rank i; `cpu`: as separate, and a role that asks for a GPU is "
+                         "refused", choices=("separate", "colocated", "cpu"))
     strategy: str = opt("PACK", "Ray placement strategy of a role's bundles",
                         choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
     dashboard: bool = opt(False, "serve Ray's dashboard (loopback) from a local Ray")

@@ -79,6 +79,10 @@ def test_all_range_problems_come_together() -> None:
     ([*SHARED, "roles.generator.gpu_memory_utilization=0.6"],
      ["roles.generator.gpu_memory_utilization=0.6", "roles.generator.gpus=0.5"]),
     (["roles.generator.tensor_parallel_size=2"], ["roles.generator.tensor_parallel_size=2", "roles.generator.gpus=0"]),
+    ([*GPUS, "roles.generator.gpus=0.5", "roles.generator.tensor_parallel_size=2"],
+     ["roles.generator.tensor_parallel_size=2", "roles.generator.gpus=0.5"]),
+    (["cluster.placement=cpu", "roles.reward.gpus=0.5", "roles.policy.gpus=1"],
+     ["cluster.placement=cpu", "roles.reward.gpus=0.5", "roles.policy.gpus=1", "cluster.placement=separate"]),
     (["model.attn_implementation=flash_attention_2"],
      ["model.attn_implementation=flash_attention_2", "roles.policy.gpus=0"]),
     (["model.dtype=bfloat16"], ["model.dtype=bfloat16", "roles.generator.gpus=0"]),
@@ -115,6 +119,8 @@ def test_contradictions_name_their_keys(overrides: list[str], keys: list[str]) -
     (["experiment=null"], "doctor"),
     (["model.dtype=bfloat16"], "sft"),  # only PPO compares the engine's log-probabilities with its own
     (["model.max_length=64"], "sft"),
+    (["cluster.placement=cpu"], "pipeline"),
+    (["cluster.placement=cpu", "roles.critic.gpus=1"], "sft"),  # which has no critic
     (["weight_sync.backend=nccl"], "sft"),
     ([*SHARED, "weight_sync.backend=ipc"], "ppo"),
     ([*GPUS, "weight_sync.backend=nccl", "model.dtype=bfloat16", "weight_sync.max_mismatch=0.05"],

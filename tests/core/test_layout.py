@@ -1,13 +1,11 @@
 import pytest
 
 from rlhf_ray.core.layout import (
-    NodeResources,
     RoleRequest,
     Share,
     check_sync_backend,
     default_sync_backend,
     plan_layout,
-    shortfall,
 )
 
 R = RoleRequest
@@ -27,6 +25,8 @@ LAYOUTS = [
      "colocated", [("critic", 0, 4, 0), ("policy", 0, 3, 1), ("policy", 1, 1, 0.5)], [1]),
     ("tensor parallel", {"generator": R(1, 2, 4), "policy": R(1, 1, 1)}, "separate",
      [("generator", 0, 2, 4), ("policy", 0, 1, 1)], [0]),
+    ("cpu", {"policy": R(2, 1), "generator": R(1, 2)}, "cpu",
+     [("policy", 0, 1, 0), ("policy", 1, 1, 0), ("generator", 0, 2, 0)], [2]),
     ("a stage without generators", {"policy": R(1, 1)}, "colocated", [("policy", 0, 1, 0)], []),
     ("a stage without a policy", {"generator": R(1, 1), "reward": R(1, 1)}, "colocated",
      [("generator", 0, 1, 0), ("reward", 0, 1, 0)], [0]),
@@ -68,50 +68,13 @@ def test_shares_of_one_device(policy, generator, expected):
         (R(1, 1, 1), R(1, 1, 2), "colocated", "separate"),
         (R(1, 1, 1), R(1, 1, 0), "colocated", "Both or neither"),
         (R(1, 1, 1.5), R(1, 1, 1), "separate", "policy asks for 1.5 GPUs"),
+        (R(1, 1), R(1, 1, 0.5), "cpu", "generator asks for 0.5 GPUs: ask for none"),
         (R(1, 1), R(1, 1), "together", "unknown placement 'together'"),
     ],
 )
 def test_impossible_layouts(policy, generator, placement, message):
     with pytest.raises(ValueError, match=message):
         plan_layout({"policy": policy, "generator": generator}, placement)
-
-
-N = NodeResources
-FITS = [
-    ("exactly", {"a": R(2, 2, 1)}, [N("n", 4, 2)], True),
-    ("one cpu short", {"a": R(2, 2, 1)}, [N("n", 3, 2)], False),
-    ("enough in all, not on one node", {"a": R(1, 4)}, [N("m", 2), N("n", 2)], False),
-    ("two nodes", {"a": R(2, 4)}, [N("m", 4), N("n", 4)], True),
-    ("large ones first", {"a": R(2, 2), "b": R(1, 4)}, [N("m", 4), N("n", 4)], True),
-    ("gpu bundles before cpu ones", {"a": R(1, 4), "b": R(1, 2, 1)}, [N("m", 4, 1), N("n", 4)], True),
-    ("ninths add up to a device", {"a": R(9, 0, 1 / 9)}, [N("n", 1, 1)], True),
-    ("ten of them do not fit", {"a": R(10, 0, 1 / 9)}, [N("n", 1, 1)], False),
-    ("a share does not straddle two devices", {"a": R(3, 0, 0.6)}, [N("n", 1, 2)], False),
-    ("small shares fill up the devices", {"a": R(2, 0, 0.6), "b": R(2, 0, 0.4)}, [N("n", 1, 2)], True),
-    ("whole devices must be free", {"a": R(1, 0, 2), "b": R(1, 0, 0.5)}, [N("n", 1, 2)], False),
-    ("no node", {"a": R(1, 1)}, [], False),
-    ("nothing wanted", {"a": R(0, 1)}, [], True),
-]
-
-
-@pytest.mark.parametrize(("roles", "nodes", "fits"), [c[1:] for c in FITS], ids=[c[0] for c in FITS])
-def test_shortfall(roles, nodes, fits):
-    message = shortfall(plan_layout(roles, "separate"), nodes)
-    assert (message is None) == fits, message
-
-
-def test_shortfall_sets_demand_beside_supply():
-    """Policy 0 takes node n's GPU and 2 of its CPUs; policy 1 finds no GPU; the reward actor no 3 CPUs."""
-    layout = plan_layout({"reward": R(1, 3), "policy": R(2, 2, 1)}, "separate")
-    assert shortfall(layout, [N("n", 4, 1), N("m", 1)]) == (
-        "the roles do not fit the cluster:\n"
-        "  cpus: 7 wanted, 5 offered\n"
-        "  gpus: 2 wanted, 1 offered\n"
-        "  node n: offers 4 cpus, 1 gpus; 2 cpus, 0 gpus left\n"
-        "  node m: offers 1 cpus, 0 gpus; 1 cpus, 0 gpus left\n"
-        "  no room for policy 1: wants 2 cpus, 1 gpus on one node\n"
-        "  no room for reward 0: wants 3 cpus, 0 gpus on one node"
-    )
 
 
 # device_gpus, colocated -> the default, and all that may be asked for
