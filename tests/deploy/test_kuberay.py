@@ -147,7 +147,8 @@ def test_every_pod_has_a_token_probes_limits_shared_memory_outputs_and_time_to_e
         assert volumes[mounts["/outputs"]]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
         shm = volumes[mounts["/dev/shm"]]["emptyDir"]
         assert shm["medium"] == "Memory"
-        assert int(group["rayStartParams"]["object-store-memory"]) <= size(shm["sizeLimit"]) < size(limits["memory"])  # it counts as the container's memory
+        # What is in shared memory counts as memory of the container.
+        assert int(group["rayStartParams"]["object-store-memory"]) <= size(shm["sizeLimit"]) < size(limits["memory"])
 
 
 def test_pods_wait_for_learners_and_for_nothing_of_rays_own() -> None:
