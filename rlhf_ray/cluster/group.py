@@ -153,7 +153,7 @@ class Cast:
 
     def __enter__(self) -> Cast:
         missing = shortfall(self.layout, nodes(), self.cfg.strategy)
-        if missing:
+        if missing and not self.cfg.autoscaling:
             raise UserError(f"{missing}\n  lower roles.*.replicas, ranks, cpus or gpus, or add nodes")
         bundles = [{k: v for k, v in (("CPU", b.cpus), ("GPU", b.gpus)) if v} or {"CPU": 0.001}
                    for b in self.layout.bundles]

@@ -63,6 +63,8 @@ class ClusterConfig:
                          "refused", choices=("separate", "colocated", "cpu"))
     strategy: str = opt("PACK", "Ray placement strategy of a role's bundles",
                         choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
+    autoscaling: bool = opt(False, "nodes come when roles ask for them: what does not fit yet is waited for, "
+                            "start_timeout_s long, not refused")
     dashboard: bool = opt(False, "serve Ray's dashboard (loopback) from a local Ray")
     start_timeout_s: float = opt(300.0, "deadline for resources and for each role to start, seconds", gt=0)
     call_timeout_s: float = opt(1800.0, "deadline of any single remote call, seconds", gt=0)

@@ -1,0 +1,27 @@
+"""What does not fit a cluster is refused at once, unless nodes may still come."""
+
+from typing import Any
+
+import pytest
+
+from rlhf_ray.cluster import group
+from rlhf_ray.config.schema import ClusterConfig
+from rlhf_ray.core.layout import NodeResources, RoleRequest, plan_layout
+from rlhf_ray.errors import UserError
+
+
+class _Placement:
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+def test_with_autoscaling_roles_wait_for_nodes_that_are_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(group, "nodes", lambda: [NodeResources("head", 0, 0)])
+    monkeypatch.setattr(group, "placement_group", lambda bundles, strategy: asked.append(bundles) or _Placement())
+    monkeypatch.setattr(group, "remove_placement_group", lambda placement: None)
+    layout = plan_layout({"generator": RoleRequest(2, 1, 1)}, "separate")
+    with pytest.raises(UserError, match="no room for generator 0"):
+        group.Cast(layout, ClusterConfig()).__enter__()
+    with group.Cast(layout, ClusterConfig(autoscaling=True)):
+        assert asked == [[{"CPU": 1, "GPU": 1}] * 2]
