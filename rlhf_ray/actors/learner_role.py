@@ -18,6 +18,7 @@ class LearnerRole(Role):
 
     role: ClassVar[str]
     learner: Learner
+    copied: list[tuple[str, dict[str, Tensor], dict[str, Any]]]  # files of the snapshot: name, tensors, header
 
     def leave(self) -> None:
         """Let go of an earlier life."""
@@ -26,8 +27,9 @@ class LearnerRole(Role):
 
     def snapshot(self) -> None:
         """Copy the state to host memory, for `write`; training may go on at once."""
+        self.copied = []  # one copy at a time
         tensors, header = self.learner.state()
-        self._snapshot: list[tuple[str, dict[str, Tensor], dict[str, Any]]] = [
+        self.copied = [
             (shard_name(self.role, self.learner.rank, self.learner.world_size), tensors, header), *self.more()]
 
     def more(self) -> list[tuple[str, dict[str, Tensor], dict[str, Any]]]:
@@ -36,7 +38,9 @@ class LearnerRole(Role):
 
     def write(self, directory: str) -> list[SavedFile]:
         """Write the snapshot; runs beside whatever else the learner does (concurrency group `io`)."""
-        return [write_tensors(Path(directory) / name, tensors, header) for name, tensors, header in self._snapshot]
+        files = [write_tensors(Path(directory) / name, tensors, header) for name, tensors, header in self.copied]
+        self.copied = []
+        return files
 
     def restore(self, directory: str) -> None:
         """Take over what was written there, by as many ranks or by others."""

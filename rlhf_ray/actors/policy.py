@@ -273,7 +273,12 @@ class PolicyLearner(RLLearner):
         if self.sender is None:
             raise RuntimeError("push before connect")
         self.version = version
-        self.sender.push(version)
+        try:
+            self.sender.push(version)
+        except BaseException:  # let go of the wire, or the other generators wait at its end
+            self.sender.close()
+            self.sender = None
+            raise
 
     def _observe(self, name: str, weight: Tensor) -> None:
         # The sync shows rank 0 every whole weight once per iteration: the moment to average them. A sync that has to

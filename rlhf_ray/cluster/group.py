@@ -6,12 +6,14 @@ import itertools
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -184,7 +186,8 @@ class Cast:
         self.health.stop()
         for group in self.groups:
             for actor in group.actors:
-                ray.kill(actor)
+                with suppress(RayError):
+                    ray.kill(actor)
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None

@@ -68,7 +68,7 @@ class Health:
     def stop(self) -> None:
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout=5)
 
     def watch(self, member: Member) -> None:
         with self._lock:
@@ -109,8 +109,13 @@ class Health:
             return [m for m in self.members.values() if m.gone]
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._stop.wait(self._interval_s):
             with self._lock:
+                if time.monotonic() - looked > self._deadline_s / 2:  # it was this process that slept
+                    for member in self.members.values():
+                        member.asked_at = time.monotonic()
+                looked = time.monotonic()
                 for member in list(self.members.values()):
                     self._ask(member)
                 self._listen(0.05)

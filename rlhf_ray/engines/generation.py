@@ -124,6 +124,7 @@ class GenerationEngine:
         self.llm.init_weight_transfer_engine({"init_info": payload})
 
     def start_weight_update(self) -> None:
+        self.version = 0  # some weights old, some new, until all are there
         self.llm.collective_rpc("start_digest")
         self.llm.start_weight_update()
 

@@ -335,8 +335,11 @@ class LearnerWeights(WeightSource):
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(*shape) for shape in self._learner.shapes()]
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def begin(self) -> None:
+        """Before a walk which all ranks are about to make."""
         self._walk = self._weights()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self._walk
 
     def finish(self) -> None:
@@ -421,6 +424,7 @@ class WeightSender:
         """
         assert self._client.source is not None
         self._client.version = version
+        self._client.source.begin()
         try:
             self._engine.send_weights()
         finally:

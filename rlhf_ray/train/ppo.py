@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -90,15 +90,10 @@ class PPOTrainer:
                         if not isinstance(error, Again):
                             self.recovery.heal(error)
                         self.load_state_dict(self.boundary)
-            except (KeyboardInterrupt, SystemExit):
-                self.save()
-                raise
-            except Exception:
-                with suppress(Exception):  # the learners may be gone; what ends the run is to be told
-                    self.save()
+            except BaseException:
+                self.save_what_there_is()
                 raise
             finally:
-                self.saver.give_up()
                 self.workers.forget()
 
     def go_on(self, checkpoint: Checkpoint | None) -> None:
@@ -124,7 +119,8 @@ class PPOTrainer:
         self.step += 1
         alarms = self.watch.check(self.step, values)
         self.boundary = self.state_dict()
-        self.recovery.succeeded()
+        self.recovery.updating = False
+        self.recovery.succeeded(self.step)
         self.interruption.allow()
         if self.step % self.cfg.checkpoint.iterations == 0 or self.step == self.cfg.ppo.iterations:
             with Clock(self.enter, self.saving)("checkpoint"):
@@ -162,7 +158,6 @@ class PPOTrainer:
         }
         self.recorder.log(step, values)
         self.adapt(batch, len(rollouts.lengths))
-        self.recovery.updating = False
         return values
 
     def enter(self, phase: str) -> None:
@@ -273,9 +268,18 @@ class PPOTrainer:
 
     def save(self, metrics: Mapping[str, Any] | None = None) -> None:
         """A checkpoint of the last whole iteration, unless there is one; learners in the middle of one have none."""
-        if self.step > self.saver.saved and self.recovery.settled:
+        step = self.boundary["step"]
+        if step > self.saver.saved and self.recovery.settled:
             numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
-            self.saver.save(self.step, self.boundary, numbers)
+            self.saver.save(step, self.boundary, numbers)
+
+    def save_what_there_is(self) -> None:
+        """At the end of a run that is cut off. What cuts it off is to be told, not what goes wrong here."""
+        try:
+            self.save()
+            self.saver.finish()
+        except Exception as error:
+            console.print(f"no further checkpoint could be written: {error}", markup=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What the driver knows besides its configuration: JSON-able."""

@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.cluster.group import IO, Cast, Group, wait
@@ -85,12 +86,13 @@ class Recovery:
         self._connect, self._roll_back = connect, roll_back
         self.updating = False  # the learners are between two states that driver and learners share
         self.restarts: Counter[str] = Counter()  # by role, in the whole run
-        self._tries = 0
+        self._tries = self._furthest = 0
         self._broken: set[str] = set()  # learner groups that lost a rank
 
-    def succeeded(self) -> None:
-        """An iteration is done: the count of attempts begins anew."""
-        self._tries = 0
+    def succeeded(self, step: int) -> None:
+        """A step is done: if none got so far before, the count of attempts begins anew."""
+        if step > self._furthest:
+            self._tries, self._furthest = 0, step
 
     @property
     def settled(self) -> bool:
@@ -103,24 +105,28 @@ class Recovery:
         updated: the learners are done with their update, so that they need not go back unless one was lost. Returns
         whether they went back.
         """
-        back = self.updating and not updated
+        back, rebuilding = self.updating and not updated, False
         while True:
-            gone = self._explain(error)
+            gone = self._explain(error, rebuilding)
+            if isinstance(error, ObjectLostError):  # a rank that misses an object leaves the others in a collective
+                self._broken |= {group.role for group in self.learners if len(group) > 1}
+                back = back or bool(self._broken)
             back = back or any(member.role == group.role for member in gone for group in self.learners)
             try:
                 self._rebuild(gone, back)
                 return back
             except Exception as another:
-                error = another
+                error, rebuilding = another, True
 
-    def _explain(self, error: Exception) -> list[Member]:
+    def _explain(self, error: Exception, rebuilding: bool) -> list[Member]:
+        """Who is gone. What goes wrong while rebuilding (a port that is taken) may go well the next time."""
         if isinstance(error, UserError):
             raise error
         gone = self.cast.lost(error)
-        if not gone and not isinstance(error, LOST):
+        if not gone and not isinstance(error, LOST) and not rebuilding:
             raise error
         self._tries += 1
-        names = ", ".join(f"{m.role}-{m.index} ({m.gone})" for m in gone) or "objects of the store"
+        names = ", ".join(f"{m.role}-{m.index} ({m.gone})" for m in gone) or str(error).splitlines()[0]
         if self._tries > self.attempts:
             raise error
         console.print(f"lost: {names}; trying again ({self._tries} of cluster.attempts={self.attempts})", markup=False)

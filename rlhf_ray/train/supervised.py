@@ -124,7 +124,7 @@ class SupervisedTrainer:
                             self.recovery.updating = True
                             self.learn(units)
                             self.recovery.updating = False
-                            self.recovery.succeeded()
+                            self.recovery.succeeded(self.step)
                             interruption.allow()
                             bar(self.step, self.shown())
                             if time.monotonic() - self._saved_at >= self.cfg.checkpoint.seconds:
@@ -132,11 +132,10 @@ class SupervisedTrainer:
                     except Exception as error:
                         interruption.allow()
                         self.recovery.heal(error)
-            except (KeyboardInterrupt, SystemExit):
-                self.save()
+            except BaseException:
+                self.save_what_there_is()
                 raise
-            finally:
-                self.saver.give_up()
+            self.saver.give_up()
 
     def learn(self, units: np.ndarray) -> None:
         """One optimizer step."""
@@ -159,6 +158,14 @@ class SupervisedTrainer:
             os.fsync(self.log.fileno())
             self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.tell()}, {})
             self._saved_at = time.monotonic()
+
+    def save_what_there_is(self) -> None:
+        """At the end of a run that is cut off. What cuts it off is to be told, not what goes wrong here."""
+        try:
+            self.save()
+            self.saver.finish()
+        except Exception as error:
+            console.print(f"no further checkpoint could be written: {error}", markup=False)
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""

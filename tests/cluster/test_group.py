@@ -6,7 +6,8 @@ import pytest
 
 from rlhf_ray.cluster import group
 from rlhf_ray.config.schema import ClusterConfig
-from rlhf_ray.core.layout import NodeResources, RoleRequest, plan_layout
+from rlhf_ray.core.layout import RoleRequest, plan_layout
+from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
 
 
@@ -21,7 +22,7 @@ def test_with_autoscaling_roles_wait_for_nodes_that_are_not_there_yet(monkeypatc
     monkeypatch.setattr(group, "placement_group", lambda bundles, strategy: asked.append(bundles) or _Placement())
     monkeypatch.setattr(group, "remove_placement_group", lambda placement: None)
     layout = plan_layout({"generator": RoleRequest(2, 1, 1)}, "separate")
-    with pytest.raises(UserError, match="no room for generator 0"):
+    with pytest.raises(UserError, match="no room for 2 of 2 generator"):
         group.Cast(layout, ClusterConfig()).__enter__()
     with group.Cast(layout, ClusterConfig(autoscaling=True)):
         assert asked == [[{"CPU": 1, "GPU": 1}] * 2]

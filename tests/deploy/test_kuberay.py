@@ -13,7 +13,7 @@ import yaml
 
 from rlhf_ray.config.checks import STAGE_ROLES, stages_of, validate
 from rlhf_ray.config.load import compose
-from rlhf_ray.core.layout import NodeResources, shortfall
+from rlhf_ray.core.packing import NodeResources, shortfall
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "deploy" / "kuberay"

@@ -97,10 +97,19 @@ def test_when_the_attempts_are_used_up_the_error_itself_is_raised(script: Script
 
 
 def test_an_iteration_that_is_done_gives_the_attempts_back(script: Script) -> None:
-    for _ in range(5):
+    for step in range(1, 6):
         script.heal("reward-0")
-        script.recovery.succeeded()
+        script.recovery.succeeded(step)
     assert script.recovery.restarts == {"reward": 5}
+
+
+def test_but_not_one_that_was_done_before(script: Script) -> None:
+    """What dies again and again after going back would otherwise never come to an end."""
+    script.recovery.succeeded(3)
+    with pytest.raises(ActorDiedError):
+        for step in (1, 2, 3):
+            script.heal("reward-0")
+            script.recovery.succeeded(step)
 
 
 def test_a_loss_during_the_rebuild_is_healed_too(script: Script) -> None:
