@@ -80,6 +80,7 @@ class StageRecord:
     def __init__(self, name: str, done_before: bool = False):
         self.name = name
         self.done_before = done_before  # it had ended well when it was started
+        self.started = False  # what it made before is being replaced
         self.values: dict[str, Any] = {}
 
     def add(self, **values: Any) -> None:
@@ -160,6 +161,7 @@ def resumed(
     over, unless it only has to go further now. Raises UserError if the checkpoints of an unfinished one are of another
     run.
     """
+    record.started = True
     now = identity_of(record.name, cfg, load_task_data(cfg.data).fingerprint(),
                       {name: model_fingerprint(str(path)) for name, path in models.items()})
     checkpoints = Checkpoints(Paths(cfg).stage(record.name) / "checkpoints", cfg.checkpoint, now)
@@ -179,22 +181,32 @@ def resumed(
 
 @contextmanager
 def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
-    """Run a stage: its resolved configuration first, its record (with seconds and peak memory) if it ends well."""
+    """Run a stage: its resolved configuration first, its record (with seconds and peak memory) if it ends well.
+
+    If it fails before it has begun to replace what it made before, the record of that stays.
+    """
     directory = Paths(cfg).stage(name)
     with locked(directory.parent):
         directory.mkdir(parents=True, exist_ok=True)
-        record = StageRecord(name, (directory / "stage.json").is_file())
-        (directory / "stage.json").unlink(missing_ok=True)
+        file = directory / "stage.json"
+        before = file.read_bytes() if file.is_file() else None
+        record = StageRecord(name, before is not None)
         (directory / "config.yaml").write_text(to_yaml(cfg))
         load_task_data(cfg.data).save_split(directory.parent / "split.json")
         console.rule(f"[bold]{name}")
         fingerprint = fingerprints(cfg).get(name)  # of what the stage is about to read
         started = time.monotonic()
-        with RssSampler() as memory:
-            yield record
+        file.unlink(missing_ok=True)
+        try:
+            with RssSampler() as memory:
+                yield record
+        except BaseException:
+            if before is not None and not record.started:
+                file.write_bytes(before)
+            raise
         record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
                    fingerprint=fingerprint)
-        write_json(directory / "stage.json", record.values)
+        write_json(file, record.values)
         if name != "ppo":  # whose checkpoints are worth a look, an export, or more iterations
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         console.print(f"{name} done in {record.values['seconds']:.0f} s")

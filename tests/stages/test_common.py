@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config.schema import Config
 from rlhf_ray.errors import UserError
-from rlhf_ray.stages.common import Paths, model_fingerprint, stage_record, write_json
+from rlhf_ray.stages.common import Paths, model_fingerprint, stage, stage_record, write_json
 
 
 def test_a_stage_that_has_not_ended_well_is_asked_for(tmp_path: Path) -> None:
@@ -62,3 +62,14 @@ def test_up_to_a_mebibyte_every_byte_counts(tmp_path: Path) -> None:
 def test_a_model_of_the_hub_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert model_fingerprint("Qwen/Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_record_stays_until_what_it_tells_of_is_replaced(begun: bool, tmp_path: Path) -> None:
+    cfg = Config(output_dir=str(tmp_path))
+    cfg.model.path = "some/model"
+    write_json(tmp_path / "ppo/stage.json", {"seconds": 3.0})
+    with pytest.raises(UserError), stage(cfg, "ppo") as record:
+        record.started = begun
+        raise UserError("rm has to run first")
+    assert stage_record(cfg, "ppo") == (None if begun else {"seconds": 3.0})
