@@ -1,0 +1,232 @@
+"""A live view of a run in the terminal, from its files alone: nothing is started, nothing of the run is touched."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_ray.config.schema import STAGES, Config
+from rlhf_ray.errors import UserError
+from rlhf_ray.metrics.overview import Holder, Overview, Policy, RunFiles, Stage
+from rlhf_ray.metrics.sparkline import apportion, sparkline
+
+WIDTH, WIDEST = 80, 110  # columns: where the output is no terminal; at most
+REFRESH_S = 1.0
+LOOK_S = 0.2  # how often to look whether a file has grown
+ALARMS, ACTORS = 3, 8  # how many are shown
+_STATE = {"done": "green", "running": "bold cyan", "failed": "bold red", "killed": "bold red", "stopped": "yellow",
+          "waiting": "dim"}
+_PHASES = (("█", "cyan"), ("▓", "magenta"), ("▒", "yellow"), ("░", "green"), ("▚", "blue"), ("▞", "red"), ("─", "dim"))
+# (key, label with its unit, format)
+_ROWS = (
+    ("score", "score", ".2f"),
+    ("judge_score", "judge score", ".2f"),
+    ("kl_per_sequence", "KL, nats", ".2f"),
+    ("entropy", "entropy, nats", ".2f"),
+    ("response_length", "length, tokens", ".0f"),
+    ("mismatch", "mismatch, nats", ".1e"),
+)
+
+
+def run(cfg: Config) -> None:
+    """Show the run in output_dir: until Ctrl-C in a terminal, else once."""
+    files, console = RunFiles(Path(cfg.output_dir)), Console(highlight=False)
+    try:
+        require_run(files)
+        if console.is_interactive and sys.stdout.isatty():
+            follow(files, console)
+        else:
+            console.width = WIDTH
+            console.print(view(files.read(time.time()), WIDTH))
+    except OSError as error:
+        raise UserError(f"output_dir={cfg.output_dir}: cannot read {error.filename}: {error.strerror}") from error
+
+
+def require_run(files: RunFiles) -> None:
+    """Raise UserError where no run has begun."""
+    if files.exist():
+        return
+    given = files.directory
+    if not given.is_dir():
+        found = "no such directory"
+    elif given.absolute().name in STAGES and RunFiles(given.absolute().parent).exist():
+        found = f"that is one stage of a run, give output_dir={given.parent}"
+    else:
+        found = "no run has begun there"
+    raise UserError(f"output_dir={given}: {found}; expected the output_dir of a run, with STAGE/config.yaml for each "
+                    "stage that has begun (sft, rm, ppo, ...)")
+
+
+def follow(files: RunFiles, console: Console) -> None:
+    """Until Ctrl-C: a new picture every second, and as soon as a file has grown."""
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            width, sizes = min(console.width, WIDEST), files.sizes()
+            live.update(Group(view(files.read(time.time()), width),
+                              Text("Ctrl-C ends this view, not the run", style="dim")), refresh=True)
+            until = time.monotonic() + REFRESH_S
+            while time.monotonic() < until and files.sizes() == sizes:
+                time.sleep(LOOK_S)
+
+
+def view(overview: Overview, width: int) -> RenderableType:
+    """The whole picture, `width` columns wide at most. What is urgent comes first."""
+    ppo = next((stage for stage in overview.stages if stage.name == "ppo"), None)
+    parts: list[RenderableType] = [_line(f"run {overview.directory}", "bold"), _holder(overview.holder)]
+    if overview.policy and overview.policy.paused is not None:
+        flag = overview.directory / "ppo/PAUSED"
+        parts.append(Text(f"PAUSED: {overview.policy.paused}; remove {flag} to go on", style="bold yellow"))
+    parts += [Text(f"{s.name} failed: {s.why or 'it left no summary'} See {s.post_mortems[-1]}", style="red")
+              for s in overview.stages if s.state == "failed"]
+    parts += ["", _stages(overview.stages, width), *(_line(n, "dim") for s in overview.stages for n in _notes(s))]
+    if ppo and overview.policy:
+        parts += ["", *_policy(ppo, overview.policy, width)]
+    return Constrain(Group(*parts), width)
+
+
+def _line(text: str, style: str = "") -> Text:
+    """One line, cut where it is too long."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _holder(by: Holder | None) -> Text:
+    if by is None:
+        return _line("nobody is running it now", "dim")
+    where = f"process {by.pid} on {by.host} since {by.since}: {by.command}"
+    if by.alive is False:
+        return _line(f"killed: {where}", "red")
+    return _line(where if by.alive else f"if it has not been killed (another host): {where}", "dim")
+
+
+# --- the stages ---
+
+
+def _stages(stages: Sequence[Stage], width: int) -> Table:
+    """A row for each stage; loss and accuracy of those that learn from examples."""
+    spark = max(4, (width - 54) // 2)
+    table = Table.grid(padding=(0, 1))
+    for _ in range(4):
+        table.add_column(no_wrap=True)
+    for column in range(4):
+        table.add_column(no_wrap=True, justify="left" if column % 2 else "right")
+    table.add_row(*(Text(word, style="dim") for word in ("stage", "state", "time", "step", "loss", "", "accuracy")))
+    for s in stages:
+        cells = [Text(s.name), Text(s.state, style=_STATE[s.state]), Text(duration(s.seconds)),
+                 Text(str(s.step) if s.step else "")]
+        for key, form in (("loss", ".3f"), ("accuracy", ".2f")):
+            values = s.series.get(key, [])
+            seen = any(v is not None for v in values)
+            cells += [Text(_number(values[-1], form) if seen else ""),
+                      Text(sparkline(values, spark) if seen else "", style="cyan")]
+        table.add_row(*cells)
+    return table
+
+
+def _notes(s: Stage) -> Iterator[str]:
+    """Where a stage would go on from, when it was last heard of, and how it failed before."""
+    facts = [f"newest checkpoint step {s.saved.step}, {duration(s.saved.age_s)} ago"] if s.saved else []
+    if s.state == "running" and s.age_s is not None:
+        facts.append(f"last heard of {duration(s.age_s)} ago")
+    elif s.state in ("failed", "killed", "stopped"):
+        facts.append("the same command goes on")
+    if facts:
+        yield f"{s.name}: {'; '.join(facts)}"
+    if s.post_mortems and s.state != "failed":
+        yield f"{s.name}: {len(s.post_mortems)} earlier post-mortem{'s'[:len(s.post_mortems) > 1]}, newest " \
+              f"{s.post_mortems[-1]}"
+
+
+# --- ppo ---
+
+
+def _policy(stage: Stage, p: Policy, width: int) -> Iterator[RenderableType]:
+    words = [f"ppo  iteration {stage.step}" + (f" of {p.total}" if p.total else "")]
+    words += [f"{p.step_s:.1f} s each"] if p.step_s is not None else []
+    words += [f"{duration(p.eta_s)} left"] if p.eta_s is not None else []
+    yield _line(", ".join(words), "bold")
+    yield _curves(stage, width)
+    if p.phases:
+        yield from _phases(p, width)
+    if p.memory:
+        yield _memory(p, width)
+    if p.restarts:
+        yield Text(f"{p.restarts} actors replaced", style="yellow")
+    yield Text(f"{len(p.alarms)} alarms" + (", the last:" if p.alarms else ""), style="" if p.alarms else "dim")
+    for ring in p.alarms[-ALARMS:]:
+        text = f"{ring.name} in iteration {ring.iteration} ({ring.action}): {ring.message}"
+        yield Text(text, style="red") if ring is p.alarms[-1] else _line(text, "red")
+
+
+def _curves(stage: Stage, width: int) -> Table:
+    """A row for each number that was ever there: its last value, the run so far, the range that this spans."""
+    table = Table.grid(padding=(0, 2))
+    for column in range(4):
+        table.add_column(no_wrap=True, justify="right" if column == 1 else "left")
+    for key, label, form in _ROWS:
+        values = stage.series.get(key, [])
+        finite = [v for v in values if v is not None]
+        if finite:
+            table.add_row(label, _number(values[-1], form), Text(sparkline(values, max(4, width - 50)), style="cyan"),
+                          Text(f"{min(finite):{form}} to {max(finite):{form}}", style="dim"))
+    return table
+
+
+def _phases(p: Policy, width: int) -> Iterator[Text]:
+    """Where the time of the last iterations went: one bar, then name and mean seconds of what can be seen of it."""
+    bar, names = Text(no_wrap=True), []
+    for i, (columns, (name, seconds)) in enumerate(zip(apportion(list(p.phases.values()), width), p.phases.items(),
+                                                       strict=True)):
+        mark, style = _PHASES[i % len(_PHASES)]
+        bar.append(mark * columns, style)
+        if columns:
+            names.append(Text.assemble((mark, style), f" {name} {seconds:.1f} s"))
+    yield bar
+    yield _packed(names, width)
+
+
+def _memory(p: Policy, width: int) -> Text:
+    """All actors in sum, and those that grew most."""
+    shown = sorted(p.memory, key=lambda a: -(a.growth or 0.0))[:ACTORS]
+    names = [Text(f"memory {sum(a.gib for a in p.memory):.2f} GiB (growth since the warm-up):")]
+    names += [Text(f"{a.name} {a.gib:.2f}" + (f" ({a.growth:+.0%})" if a.growth is not None else "")) for a in shown]
+    if len(p.memory) > len(shown):
+        names.append(Text(f"and {len(p.memory) - len(shown)} that grew less"))
+    return _packed(names, width)
+
+
+def _packed(items: Sequence[Text], width: int) -> Text:
+    """Side by side, as many as a line holds; none is broken."""
+    out, used = Text(), 0
+    for item in items:
+        gap = "" if not used else "  " if used + 2 + len(item) <= width else "\n"
+        used = len(item) + (used + 2 if gap == "  " else 0)
+        out.append(gap).append_text(item)
+    return out
+
+
+# --- words ---
+
+
+def duration(seconds: float | None) -> str:
+    """As `83s`, `12m 05s`, `3h 20m` or `2d 04h`; empty for None."""
+    if seconds is None:
+        return ""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole}s"
+    if whole < 6000:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 360000:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
