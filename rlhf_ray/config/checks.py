@@ -44,7 +44,7 @@ STAGE_ROLES = {
 
 
 def stages_of(cfg: Config, stage: str) -> list[str]:
-    """What a command runs: the configured stages for `pipeline`, nothing for `doctor` and `watch`, else the stage itself."""
+    """What a command runs: the configured stages for `pipeline`, itself if it is a stage, else (`doctor`) nothing."""
     return cfg.stages if stage == "pipeline" else [stage] if stage in STAGES else []
 
 

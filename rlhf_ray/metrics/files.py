@@ -20,6 +20,13 @@ class Tail:
         self.rows: list[dict[str, Any]] = []
         self._position, self._last = 0, b""  # end of what was read, in bytes; the last line before it
 
+    def size(self) -> int:
+        """Of the file now, bytes; 0 where there is none."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def read(self) -> list[dict[str, Any]]:
         """All rows, oldest first; none where there is no file."""
         try:

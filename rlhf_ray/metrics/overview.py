@@ -122,9 +122,8 @@ class RunFiles:
                    for name in (".lock", *(f"{s}/{file}" for s in STAGES for file in ("config.yaml", "stage.json"))))
 
     def sizes(self) -> list[int]:
-        """Of the files that grow, bytes; 0 where there is none."""
-        return [path.stat().st_size if path.exists() else 0
-                for path in (tail.path for tail in (*self._metrics.values(), self._alarms))]
+        """Of the files that grow, bytes."""
+        return [tail.size() for tail in (*self._metrics.values(), self._alarms)]
 
     def read(self, now: float) -> Overview:
         """now: unix seconds."""
@@ -173,7 +172,7 @@ class RunFiles:
             {name: fmean(t.get(name, 0.0) for t in times) for name in dict.fromkeys(n for t in times for n in t)},
             memory_of([row.get("memory_gib") or {} for row in rows], warm), rows[-1].get("restarts") if rows else None,
             [Ring(**{key: row.get(key, "") for key in Ring.__annotations__}) for row in self._alarms.read()],
-            " ".join(text_of(flag).split("\n")).strip() if flag.exists() else None,
+            ": ".join(text_of(flag).strip().splitlines()) if flag.exists() else None,
         )
 
     def _config(self, path: Path) -> dict[str, Any]:

@@ -43,8 +43,8 @@ def run(cfg: Config) -> None:
         if console.is_interactive and sys.stdout.isatty():
             follow(files, console)
         else:
-            console.width = WIDTH
-            console.print(view(files.read(time.time()), WIDTH))
+            plain = Console(width=WIDTH, force_terminal=False, color_system=None, highlight=False)
+            plain.print(view(files.read(time.time()), WIDTH))
     except OSError as error:
         raise UserError(f"output_dir={cfg.output_dir}: cannot read {error.filename}: {error.strerror}") from error
 
@@ -81,8 +81,9 @@ def view(overview: Overview, width: int) -> RenderableType:
     ppo = next((stage for stage in overview.stages if stage.name == "ppo"), None)
     parts: list[RenderableType] = [_line(f"run {overview.directory}", "bold"), _holder(overview.holder)]
     if overview.policy and overview.policy.paused is not None:
-        flag = overview.directory / "ppo/PAUSED"
-        parts.append(Text(f"PAUSED: {overview.policy.paused}; remove {flag} to go on", style="bold yellow"))
+        lives = overview.holder and overview.holder.alive is not False
+        how = f"remove {overview.directory / 'ppo/PAUSED'} to go on" if lives else "the same command goes on"
+        parts.append(Text(f"PAUSED after {overview.policy.paused}; {how}", style="bold yellow"))
     parts += [Text(f"{s.name} failed: {s.why or 'it left no summary'} See {s.post_mortems[-1]}", style="red")
               for s in overview.stages if s.state == "failed"]
     parts += ["", _stages(overview.stages, width), *(_line(n, "dim") for s in overview.stages for n in _notes(s))]
