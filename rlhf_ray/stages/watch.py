@@ -113,10 +113,8 @@ def _stages(stages: Sequence[Stage], width: int) -> Table:
     """A row for each stage; loss and accuracy of those that learn from examples."""
     spark = max(4, (width - 54) // 2)
     table = Table.grid(padding=(0, 1))
-    for _ in range(4):
-        table.add_column(no_wrap=True)
-    for column in range(4):
-        table.add_column(no_wrap=True, justify="left" if column % 2 else "right")
+    for column in range(8):
+        table.add_column(no_wrap=True, justify="right" if column in (2, 3, 4, 6) else "left")
     table.add_row(*(Text(word, style="dim") for word in ("stage", "state", "time", "step", "loss", "", "accuracy")))
     for s in stages:
         cells = [Text(s.name), Text(s.state, style=_STATE[s.state]), Text(duration(s.seconds)),
@@ -154,12 +152,12 @@ def _policy(stage: Stage, p: Policy, width: int) -> Iterator[RenderableType]:
     yield _line(", ".join(words), "bold")
     yield _curves(stage, width)
     if p.phases:
+        yield ""
         yield from _phases(p, width)
     if p.memory:
         yield _memory(p, width)
-    if p.restarts:
-        yield Text(f"{p.restarts} actors replaced", style="yellow")
-    yield Text(f"{len(p.alarms)} alarms" + (", the last:" if p.alarms else ""), style="" if p.alarms else "dim")
+    replaced = "" if p.restarts is None else f"{p.restarts} actors replaced, "
+    yield _line(f"{replaced}{len(p.alarms)} alarms" + (", the last:" if p.alarms else ""))
     for ring in p.alarms[-ALARMS:]:
         text = f"{ring.name} in iteration {ring.iteration} ({ring.action}): {ring.message}"
         yield Text(text, style="red") if ring is p.alarms[-1] else _line(text, "red")
