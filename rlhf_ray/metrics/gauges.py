@@ -23,7 +23,7 @@ UNITS = {
     "ratio": "percentunit",  # a share, 0 to 1 unless said otherwise
     "times": "none",
     "tokens": "none", "tokens_per_second": "none", "steps": "none", "responses": "none", "calls": "none",
-    "actors": "none", "number": "none",
+    "actors": "none", "stages": "none", "number": "none",
     "seconds": "s", "gib": "gbytes",
 }
 
@@ -100,6 +100,7 @@ TABLE = {m.key: m for m in (
     Measure("critic_skipped_steps", "rlhf_critic_skipped_steps", "Optimizer steps skipped in an iteration, for "
             "gradients that were not finite."),
     # the run
+    Measure("running", "rlhf_trainer_running_stages", "1 while the stage runs, 0 after it; not in metrics.jsonl."),
     Measure("tokens_per_second", "rlhf_trainer_response_tokens_per_second", "Response tokens over the time of the "
             "whole iteration."),
     Measure("seconds", "rlhf_trainer_phase_seconds", "Time of each phase of an iteration.", ("phase",)),

@@ -1,4 +1,4 @@
-"""Where the numbers of a PPO iteration go: metrics.jsonl, a line on the console, Ray's metrics, and wandb if asked for."""
+"""Where the numbers of a PPO iteration go: metrics.jsonl, the console, Ray's metrics, and wandb if asked for."""
 
 import json
 import math
@@ -56,7 +56,7 @@ class Recorder:
         self._file.write(json.dumps(_plain({"iteration": iteration, **values}), allow_nan=False) + "\n")
         self._file.flush()
         console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
-        self._gauges.set({"iteration": iteration, **values})
+        self._gauges.set({"running": 1, "iteration": iteration, **values})
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
 
@@ -76,6 +76,7 @@ class Recorder:
     def close(self) -> None:
         """Close the file and finish the wandb run; a second call does nothing."""
         self._file.close()
+        self._gauges.set({"running": 0})
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
