@@ -46,7 +46,7 @@ def written_keys() -> set[str]:
             elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) \
                     and isinstance(node.value, ast.Name):
                 nodes.append(node.slice)
-    keys = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    keys = {str(node.value) for node in nodes if isinstance(node, ast.Constant)}
     return keys | {"".join(part.value if isinstance(part, ast.Constant) else "#" for part in node.values)
                    for node in nodes if isinstance(node, ast.JoinedStr)}
 
