@@ -1,4 +1,4 @@
-"""Where the numbers of a PPO iteration go: metrics.jsonl, one line on the console, and wandb if asked for."""
+"""Where the numbers of a PPO iteration go: metrics.jsonl, the console, Ray's metrics, and wandb if asked for."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rlhf_ray.metrics.gauges import Gauges
 from rlhf_ray.metrics.progress import console
 
 FILE_NAME = "metrics.jsonl"
@@ -24,8 +25,9 @@ _SHOWN = (
 
 
 class Recorder:
-    """Appends to `<run_dir>/metrics.jsonl`, prints, and forwards to wandb.
+    """Appends to `<run_dir>/metrics.jsonl`, prints, sets Ray's gauges, and forwards to wandb.
 
+    run_dir: `<output_dir>/<stage>`; the gauges' label `run` is the name of the output_dir.
     wandb_mode: disabled, offline or online; wandb is imported only where it is not disabled. config: the
     run's configuration, which wandb keeps; its `ppo.iterations` is the total on the console line.
     """
@@ -34,6 +36,7 @@ class Recorder:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._total: int | None = (config.get("ppo") or {}).get("iterations")
         self._file = (run_dir / FILE_NAME).open("a", encoding="utf-8")
+        self._gauges = Gauges(run_dir.resolve().parent.name)
         self._wandb: Any = None
         if wandb_mode != "disabled":
             import wandb
@@ -53,6 +56,7 @@ class Recorder:
         self._file.write(json.dumps(_plain({"iteration": iteration, **values}), allow_nan=False) + "\n")
         self._file.flush()
         console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
+        self._gauges.set({"running": 1, "iteration": iteration, **values})
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
 
@@ -72,6 +76,7 @@ class Recorder:
     def close(self) -> None:
         """Close the file and finish the wandb run; a second call does nothing."""
         self._file.close()
+        self._gauges.set({"running": 0})
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None

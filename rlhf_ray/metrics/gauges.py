@@ -1,0 +1,156 @@
+"""The numbers of metrics.jsonl as Prometheus gauges, through Ray: they appear beside Ray's own, as `ray_<name>`.
+
+A name is `rlhf_<role>_<what>_<unit>`. A gauge keeps its last number: what an iteration does not measure (None, NaN)
+leaves it as it was. About 20 seconds after the driver has ended Ray drops them all.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PREFIX = "ray_"  # which Ray puts before every name
+RUN = "run"  # the label that all have: the name of the run's output_dir
+# The unit at the end of a name, and Grafana's word for it.
+UNITS = {
+    "nats_per_token": "none", "nats_per_response": "none", "log_odds": "none",
+    "points": "none",  # whatever the reward source counts in
+    "squared_points": "none", "points_per_nat": "none",
+    "advantages": "none",  # of the algorithm: in points, or in their standard deviations
+    "norm": "none",  # Euclidean, of the gradient of a mean loss
+    "rate": "sci",
+    "ratio": "percentunit",  # a share, 0 to 1 unless said otherwise
+    "times": "none",
+    "tokens": "none", "tokens_per_second": "none", "steps": "none", "responses": "none", "calls": "none",
+    "actors": "none", "stages": "none", "number": "none",
+    "seconds": "s", "gib": "gbytes",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A key of metrics.jsonl (# stands for a number), its gauge, and the labels that it has besides `run`.
+
+    A number in the key is the value of its label. The keys of a dict are split at the last hyphen if there are two
+    labels: `policy-0` has role policy and rank 0.
+    """
+
+    key: str
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """The longest of UNITS that the name ends with."""
+        return max((unit for unit in UNITS if self.name.endswith(f"_{unit}")), key=len)
+
+
+TABLE = {m.key: m for m in (
+    Measure("iteration", "rlhf_trainer_iteration_number", "Last iteration that is done."),
+    # rewards
+    Measure("score", "rlhf_reward_score_points", "Mean score of a response: the weighted sum of all reward sources."),
+    Measure("score_std", "rlhf_reward_score_deviation_points", "Standard deviation of scores."),
+    Measure("score_#", "rlhf_reward_source_score_points", "Mean score by one reward source, unweighted; source: its "
+            "place in reward.sources, from 1.", ("source",)),
+    Measure("score_clip_fraction", "rlhf_reward_clipped_ratio", "Share of scores clipped at reward.clip."),
+    Measure("reward", "rlhf_reward_shaped_points", "Mean reward of a response: shaped score less KL penalty."),
+    Measure("reward_seconds", "rlhf_reward_working_seconds", "Time that the actors of a reward source worked in an "
+            "iteration, summed.", ("role",)),
+    Measure("reward_retries", "rlhf_reward_retried_calls", "Calls of reward sources tried again in an iteration."),
+    Measure("equal_groups", "rlhf_reward_equal_groups_ratio", "Share of groups whose scores are all equal."),
+    Measure("judge_score", "rlhf_judge_score_log_odds", "Mean score by the judge, who is no part of the reward."),
+    # responses
+    Measure("response_length", "rlhf_generator_response_tokens", "Mean length of a response."),
+    Measure("truncated", "rlhf_generator_truncated_ratio", "Share of responses cut at rollout.max_response_tokens."),
+    Measure("dropped", "rlhf_trainer_dropped_responses", "Responses left out of the update, in an iteration."),
+    Measure("empty", "rlhf_generator_empty_responses", "Responses without a token, in an iteration."),
+    Measure("repeated_ngrams", "rlhf_generator_repeated_ratio", "Share of 3-grams seen before in their response."),
+    Measure("mismatch", "rlhf_generator_mismatch_nats_per_token", "Mean |trainer - engine| log-probability."),
+    Measure("weight_version", "rlhf_generator_weights_number", "Version of the weights that all generators hold."),
+    Measure("importance_ess", "rlhf_policy_importance_effective_ratio", "Effective sample size of the importance "
+            "weights, as a share."),
+    Measure("importance_clip_fraction", "rlhf_policy_importance_capped_ratio", "Share of importance weights capped."),
+    Measure("importance_max", "rlhf_policy_importance_largest_times", "Largest importance weight before the cap."),
+    # the policy
+    Measure("kl_per_sequence", "rlhf_policy_kl_nats_per_response", "KL from the reference, mean over responses."),
+    Measure("kl_per_token", "rlhf_policy_kl_nats_per_token", "KL from the reference, mean over tokens."),
+    Measure("update_kl_per_token", "rlhf_policy_update_kl_nats_per_token", "KL of an iteration's updates."),
+    Measure("kl_coef", "rlhf_trainer_kl_penalty_points_per_nat", "KL coefficient."),
+    Measure("entropy", "rlhf_policy_entropy_nats_per_token", "Mean entropy before the update."),
+    Measure("policy_loss", "rlhf_policy_loss_advantages", "Clipped policy loss."),
+    Measure("kl_loss", "rlhf_policy_kl_loss_nats_per_token", "KL term of the loss, before its coefficient, averaged "
+            "as the algorithm averages."),
+    Measure("ptx_loss", "rlhf_policy_text_loss_nats_per_token", "Language-model loss on the pre-training mix."),
+    Measure("clip_fraction", "rlhf_policy_clipped_ratio", "Share of tokens whose ratio was clipped."),
+    Measure("clamped_tokens", "rlhf_policy_clamped_tokens", "Tokens whose log-ratio was clamped, in an iteration."),
+    Measure("policy_grad_norm", "rlhf_policy_gradient_norm", "Norm of the gradient before clipping."),
+    Measure("rl_grad_norm", "rlhf_policy_reward_gradient_norm", "The part that is of the reward."),
+    Measure("ptx_grad_norm", "rlhf_policy_text_gradient_norm", "The part that is of the pre-training mix."),
+    Measure("policy_lr", "rlhf_policy_learning_rate", "Learning rate."),
+    Measure("policy_skipped_steps", "rlhf_policy_skipped_steps", "Optimizer steps skipped in an iteration, for "
+            "gradients that were not finite."),
+    # the critic
+    Measure("value_loss", "rlhf_critic_loss_squared_points", "Clipped value loss."),
+    Measure("value_clip_fraction", "rlhf_critic_clipped_ratio", "Share of tokens whose value was clipped."),
+    Measure("explained_variance", "rlhf_critic_explained_variance_ratio", "Share of the returns' variance that the "
+            "critic explains; at most 1, negative if worse than their mean."),
+    Measure("critic_grad_norm", "rlhf_critic_gradient_norm", "Norm of the gradient before clipping."),
+    Measure("critic_skipped_steps", "rlhf_critic_skipped_steps", "Optimizer steps skipped in an iteration, for "
+            "gradients that were not finite."),
+    # the run
+    Measure("running", "rlhf_trainer_running_stages", "1 while the stage runs, 0 after it; not in metrics.jsonl."),
+    Measure("tokens_per_second", "rlhf_trainer_response_tokens_per_second", "Response tokens over the time of the "
+            "whole iteration."),
+    Measure("seconds", "rlhf_trainer_phase_seconds", "Time of each phase of an iteration.", ("phase",)),
+    Measure("restarts", "rlhf_trainer_restarted_actors", "Actors replaced since this driver began."),
+    Measure("memory_gib", "rlhf_actor_memory_gib", "Resident memory of an actor.", ("role", "rank")),
+)}
+
+
+def series(values: Mapping[str, Any]) -> Iterator[tuple[Measure, dict[str, str], float]]:
+    """(measure, labels without `run`, number) of every finite number in values that TABLE knows."""
+    for key, value in values.items():
+        measure, place = _find(key)
+        if measure is None:
+            continue
+        for name, entry in value.items() if isinstance(value, Mapping) else ((place, value),):
+            parts = name.rpartition("-")[::2] if len(measure.labels) == 2 else (name,)
+            number = math.nan if entry is None else float(entry)
+            if math.isfinite(number):
+                yield measure, dict(zip(measure.labels, parts, strict=False)), number
+
+
+def unknown(keys: Mapping[str, Any]) -> set[str]:
+    """Keys of metrics.jsonl that TABLE lacks."""
+    return {key for key in keys if _find(key)[0] is None}
+
+
+def _find(key: str) -> tuple[Measure | None, str]:
+    """(the measure, the number that its key ends with)."""
+    if key in TABLE:
+        return TABLE[key], ""
+    numbered = re.fullmatch(r"(.+_)(\d+)", key)
+    return (TABLE.get(f"{numbered[1]}#"), numbered[2]) if numbered else (None, "")
+
+
+class Gauges:
+    """The gauges of one run. Does nothing where Ray does not run."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self._gauges: dict[str, Any] = {}  # by name
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Set all that TABLE knows; values: as metrics.jsonl has them. Nothing is sent here: Ray's own thread does."""
+        import ray
+        from ray.util.metrics import Gauge
+
+        if not ray.is_initialized():
+            return
+        for measure, labels, number in series(values):
+            gauge = self._gauges.get(measure.name)
+            if gauge is None:
+                gauge = self._gauges[measure.name] = Gauge(measure.name, measure.help, (RUN, *measure.labels))
+            gauge.set(number, {RUN: self.run, **labels})
