@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +40,7 @@ class LearnerRole(Role):
 
     def write(self, directory: str) -> list[SavedFile]:
         """Write the snapshot; runs beside whatever else the learner does (concurrency group `io`)."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # this thread only: it gives way to the work
         files = [write_tensors(Path(directory) / name, tensors, header) for name, tensors, header in self.copied]
         self.copied = []
         return files
