@@ -93,7 +93,7 @@ def test_ppo_goes_on_exactly(models, reward_model, files, tmp_path):  # noqa: F8
     rng = random.Random(0)
     counts = sorted(rng.choices(range(1, iterations), k=KILLS))
     moments = [(n, rng.uniform(0, 0.6), signal.SIGKILL) for n in counts]
-    moments[-1] = (*moments[-1][:2], signal.SIGTERM)
+    moments[KILLS // 2] = (*moments[KILLS // 2][:2], signal.SIGTERM)
     checkpoints = out / "ppo/checkpoints"
 
     def damage(i: int) -> None:
