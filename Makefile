@@ -34,7 +34,7 @@ test: install
 test-fast: install  # without the end-to-end tests
 	$(BIN)/pytest --ignore tests/end_to_end
 
-chaos: install  # an hour of faults: one hundred actors, twenty whole runs, two hundred iterations
+chaos: install  # the long form of the tests of faults: one hundred actors, twenty whole runs, two hundred iterations
 	CHAOS_FAULTS=100 CHAOS_RESULTS=$(CURDIR)/benchmarks/results/recovery.json CHAOS_KILLS=20 CHAOS_ITERATIONS=200 \
 	  $(BIN)/pytest --timeout 5400 -s $(addprefix tests/end_to_end/test_,recovery.py resume.py endurance.py)
 

@@ -91,7 +91,7 @@ class PPOTrainer:
                             self.recovery.heal(error)
                         self.load_state_dict(self.boundary)
             except BaseException:
-                self.save_what_there_is()
+                self.saver.last(self.save)
                 raise
             finally:
                 self.workers.forget()
@@ -272,14 +272,6 @@ class PPOTrainer:
         if step > self.saver.saved and self.recovery.settled:
             numbers = {k: v for k, v in (metrics or {}).items() if isinstance(v, int | float)}
             self.saver.save(step, self.boundary, numbers)
-
-    def save_what_there_is(self) -> None:
-        """At the end of a run that is cut off. What cuts it off is to be told, not what goes wrong here."""
-        try:
-            self.save()
-            self.saver.finish()
-        except Exception as error:
-            console.print(f"no further checkpoint could be written: {error}", markup=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What the driver knows besides its configuration: JSON-able."""

@@ -72,6 +72,14 @@ class Saver:
         with suppress(*LOST, TimeoutError):
             self.finish()
 
+    def last(self, save: Callable[[], None]) -> None:
+        """Save and finish, for a run that is cut off. What cuts it off is to be told, not what goes wrong here."""
+        try:
+            save()
+            self.finish()
+        except Exception as error:
+            console.print(f"no further checkpoint could be written: {error}", markup=False)
+
 
 class Recovery:
     """Replaces lost actors and brings the learners back to a state that they all share.

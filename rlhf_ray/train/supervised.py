@@ -133,7 +133,7 @@ class SupervisedTrainer:
                         interruption.allow()
                         self.recovery.heal(error)
             except BaseException:
-                self.save_what_there_is()
+                self.saver.last(self.save)
                 raise
             self.saver.give_up()
 
@@ -158,14 +158,6 @@ class SupervisedTrainer:
             os.fsync(self.log.fileno())
             self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.tell()}, {})
             self._saved_at = time.monotonic()
-
-    def save_what_there_is(self) -> None:
-        """At the end of a run that is cut off. What cuts it off is to be told, not what goes wrong here."""
-        try:
-            self.save()
-            self.saver.finish()
-        except Exception as error:
-            console.print(f"no further checkpoint could be written: {error}", markup=False)
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
