@@ -27,6 +27,7 @@ STAGES = {
     "eval": "compare the policy with SFT and base; report.json and report.html",
     "pipeline": "all stages of the recipe in order, skipping what is done and unchanged",
     "export": "write a stage's model, or a checkpoint of ppo, as a Hugging Face directory with a model card",
+    "scale": "more or fewer generators for a ppo stage that is under way",
     "watch": "a live view of a run in the terminal, from its files alone; changes nothing",
     "doctor": "what this machine has and lacks, and what to do about it",
 }

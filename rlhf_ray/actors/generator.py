@@ -37,10 +37,11 @@ class Generator(Role):
     """One vLLM engine. Samples with the weights it was last given, and stamps each shard with their version."""
 
     def setup(
-        self, path: str, model: ModelConfig, cfg: GeneratorConfig, prompts: PromptSet, sync_backend: str, seed: int
+        self, path: str, model: ModelConfig, cfg: GeneratorConfig, prompts: PromptSet, sync_backend: str, seed: int,
+        shared: bool = False,
     ) -> None:
         self.cfg, self.prompts, self.starts = cfg, prompts, offsets(prompts.lengths)
-        self.engine = GenerationEngine(path, model, cfg, sync_backend, seed)
+        self.engine = GenerationEngine(path, model, cfg, sync_backend, seed, shared)
 
     def rollout(
         self, samples: Sequence[Sample], version: int, temperature: float, max_tokens: int
@@ -70,6 +71,17 @@ class Generator(Role):
     def load(self, path: str) -> None:
         """Take the weights of another model of the same shape."""
         self.engine.load(path)
+
+    # -- taking turns on a device: see train/turns.py -----------------------------------------------------------------
+
+    def sleep(self) -> None:
+        self.engine.sleep()
+
+    def wake(self) -> None:
+        self.engine.wake("weights", "kv_cache")
+
+    def wake_weights(self) -> None:
+        self.engine.wake("weights")
 
     def _sample(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> Iterator[Response]:
         return self.engine.sample([Request(self._prompt(s.prompt_index), s.seed) for s in samples], temperature,

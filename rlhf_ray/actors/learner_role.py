@@ -45,6 +45,13 @@ class LearnerRole(Role):
         self.copied = []
         return files
 
+    def offload(self, everything: bool) -> None:
+        """Leave the device to another: see Learner.offload."""
+        self.learner.offload(everything)
+
+    def reload(self) -> None:
+        self.learner.reload()
+
     def restore(self, directory: str) -> None:
         """Take over what was written there, by as many ranks or by others."""
         with Shards(Path(directory), self.role) as shards:

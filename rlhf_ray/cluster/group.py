@@ -1,4 +1,7 @@
-"""Groups of Ray actors: placed together, started with a deadline, called by method, ended together."""
+"""Groups of Ray actors: placed together, started with a deadline, called by method, ended together.
+
+An elastic group (the generators of ppo) may also grow, shrink, and go on without those it lost: see `Cast.recruit`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from rlhf_ray.cluster.post_mortem import write_post_mortem
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.cluster.runtime import nodes
 from rlhf_ray.config.schema import ClusterConfig
-from rlhf_ray.core.layout import Layout
+from rlhf_ray.core.layout import Bundle, Layout, Share
 from rlhf_ray.core.packing import shortfall
 from rlhf_ray.errors import RunFailed, UserError
 
@@ -134,6 +137,20 @@ class _Part:
     args: tuple[Any, ...]
     threads: int
     takes: int = 0
+    placement: PlacementGroup | None = None  # its own, if it was not part of the layout
+
+
+@dataclass
+class _Coming:
+    """Somebody who comes up while the others work: the answer to `setup`, and since when its process lives."""
+
+    setup: ray.ObjectRef
+    since: float = 0.0
+
+
+def _resources(part: Bundle | Share) -> dict[str, float]:
+    """As Ray wants them; a bundle of nothing is not allowed."""
+    return {k: v for k, v in (("CPU", part.cpus), ("GPU", part.gpus)) if v} or {"CPU": 0.001}
 
 
 class Cast:
@@ -149,6 +166,9 @@ class Cast:
         self.phase = "start"  # this and the iteration are for the post-mortem
         self.iteration: int | None = None
         self._parts: dict[tuple[str, int], _Part] = {}
+        self._actors: dict[tuple[str, int], Any] = {}
+        self._coming: dict[tuple[str, int], _Coming] = {}  # not in their group yet
+        self._elastic: set[str] = set()
         self._placement: PlacementGroup | None = None
         self._number = next(_CASTS)
         self._setups: list[ray.ObjectRef] = []
@@ -157,8 +177,7 @@ class Cast:
         missing = shortfall(self.layout, nodes(), self.cfg.strategy)
         if missing and not self.cfg.autoscaling:
             raise UserError(f"{missing}\n  lower roles.*.replicas, ranks, cpus or gpus, or add nodes")
-        bundles = [{k: v for k, v in (("CPU", b.cpus), ("GPU", b.gpus)) if v} or {"CPU": 0.001}
-                   for b in self.layout.bundles]
+        bundles = [_resources(b) for b in self.layout.bundles]
         self._placement = placement_group(bundles, strategy=self.cfg.strategy)
         if not self._placement.wait(self.cfg.start_timeout_s):
             remove_placement_group(self._placement)
@@ -184,14 +203,15 @@ class Cast:
 
     def _end(self) -> None:
         self.health.stop()
-        for group in self.groups:
-            for actor in group.actors:
-                with suppress(RayError):
-                    ray.kill(actor)
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        for actor in self._actors.values():
+            with suppress(RayError):
+                ray.kill(actor)
+        for placement in (self._placement, *(part.placement for part in self._parts.values())):
+            if placement is not None:
+                remove_placement_group(placement)
+        self._placement = None
         self._parts.clear()  # the store may let go of what the actors were given
+        self._actors.clear()
 
     def meeting_point(self, role: str) -> tuple[str, int]:
         """Where the actors of a role meet: address of the node that holds the first, and a port free there."""
@@ -202,14 +222,21 @@ class Cast:
         return address, port
 
     def _in_bundle(self, role: str, index: int) -> PlacementGroupSchedulingStrategy:
-        assert self._placement is not None, "a Cast is used inside its `with` block"
-        return PlacementGroupSchedulingStrategy(
-            self._placement, placement_group_bundle_index=self.layout.assignment[role, index])
+        bundle = self.layout.assignment.get((role, index))
+        placement = self._parts[role, index].placement if bundle is None else self._placement
+        assert placement is not None, "a Cast is used inside its `with` block"
+        return PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=bundle or 0)
 
     def start(
-        self, actor_class: type[Role], role: str, per_actor: Sequence[tuple[Any, ...]], threads: int
+        self, actor_class: type[Role], role: str, per_actor: Sequence[tuple[Any, ...]], threads: int,
+        elastic: bool = False,
     ) -> Group:
-        """Start one actor per argument tuple, with its share of the layout; they come up side by side: see `ready`."""
+        """Start one actor per argument tuple, with its share of the layout; they come up side by side: see `ready`.
+
+        elastic: the group can do without one that is lost while its successor comes up; all have the same arguments.
+        """
+        if elastic:
+            self._elastic.add(role)
         for i, args in enumerate(per_actor):
             self._parts[role, i] = _Part(actor_class, args, threads)
         group = Group(role, [self._launch(role, i) for i in range(len(per_actor))], self.cfg.call_timeout_s)
@@ -221,7 +248,7 @@ class Cast:
         """Wait until every actor answers; raises what the first failing one raised."""
         setups, self._setups = self._setups, []
         wait(setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
-        self.health.started()
+        self.health.started(self._name(*seat) for seat in self._actors if seat not in self._coming)
         return [ActorInfo(group.role, *(info[k] for k in ("name", "actor_class", "node", "pid")))
                 for group in self.groups for info in group.call(Role.describe)]
 
@@ -233,27 +260,32 @@ class Cast:
         An actor that owes an answer which is overdue is killed first.
         """
         if isinstance(error, Overdue):
-            for group in self.groups:
-                for i, actor in enumerate(group.actors):
-                    if actor._actor_id.hex() in error.debtors:
-                        self.health.kill(self._name(group.role, i), "overdue", str(error))
+            for seat, actor in self._actors.items():
+                if actor._actor_id.hex() in error.debtors:
+                    self.health.kill(self._name(*seat), "overdue", str(error))
         deadline = time.monotonic() + _GRACE_S
         while not (gone := self.health.look()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return gone
 
     def replace(self, member: Member, set_up: bool = True) -> None:
-        """Start a new actor in the place of one that is gone; it comes up in the background: see `ready`.
+        """Start a new actor in the place of one that is gone; it comes up in the background: see `ready`, and, if its
+        group is elastic and others of it are left, `enlist`.
 
         set_up: as the old one was; else `set_up_again` is still to come.
         """
-        group, i = self.group(member.role), member.index
+        seat = member.role, member.index
         self.health.forget(member.name)
-        ray.kill(group.actors[i])
-        self._parts[member.role, i].takes += 1
-        group.actors[i] = self._launch(member.role, i)
+        ray.kill(self._actors[seat])
+        self._parts[seat].takes += 1
+        actor = self._launch(*seat)
         if set_up:
-            self._setups.append(group.actors[i].setup.remote(*self._parts[member.role, i].args))
+            setup = actor.setup.remote(*self._parts[seat].args)
+            if seat in self._coming or (member.role in self._elastic and len(self.group(member.role)) > 1):
+                self._coming[seat] = _Coming(setup)
+            else:
+                self._setups.append(setup)
+        self._muster(member.role)
 
     def revive(self, error: Exception) -> None:
         """Replace whoever is gone, and wait until they have come up. Raises `error` if nobody is."""
@@ -268,7 +300,7 @@ class Cast:
         """Call `setup` on all actors of a group, those that live too, with new arguments."""
         for i, args in enumerate(per_actor):
             self._parts[group.role, i].args = args
-            self._setups.append(group.actors[i].setup.remote(*args))
+            self._setups.append(self._actors[group.role, i].setup.remote(*args))
 
     def args(self, group: Group) -> list[tuple[Any, ...]]:
         """What each actor of the group was last set up with."""
@@ -277,12 +309,73 @@ class Cast:
     def group(self, role: str) -> Group:
         return next(g for g in self.groups if g.role == role)
 
+    # -- elastic groups --------------------------------------------------------------------------------------
+
+    def seats(self, role: str) -> dict[int, bool]:
+        """Number -> whether it works in its group; one that does not is still coming up."""
+        return {i: (r, i) not in self._coming for r, i in self._actors if r == role}
+
+    def recruit(self, role: str, i: int) -> None:
+        """Start one more actor like the first of its group, on resources of its own if the layout has none for it.
+
+        It comes up in the background, whenever there is room: see `enlist`.
+        """
+        seat, first = (role, i), self._parts[role, 0]
+        old = self._parts.get(seat)
+        self._parts[seat] = _Part(first.actor_class, first.args, first.threads, old.takes + 1 if old else 0)
+        if seat not in self.layout.assignment:
+            self._parts[seat].placement = placement_group([_resources(self.layout.shares[role, 0])])
+        self._coming[seat] = _Coming(self._launch(role, i).setup.remote(*first.args))
+
+    def enlist(self, role: str) -> list[int]:
+        """Those who have come up: they are in their group from here on. Waits for nobody."""
+        joined = []
+        for (r, i), coming in list(self._coming.items()):
+            member = self.health.members[self._name(r, i)]
+            if r != role or member.gone:
+                continue
+            if member.pid and not coming.since:
+                coming.since = time.monotonic()
+            if ray.wait([coming.setup], timeout=0)[0]:
+                try:
+                    ray.get(coming.setup)
+                except RayError as error:
+                    self.health.kill(member.name, "died", str(error))
+                    continue
+                del self._coming[r, i]
+                joined.append(i)
+            elif coming.since and time.monotonic() - coming.since > self.cfg.start_timeout_s:
+                self.health.kill(member.name, "overdue", f"not up after {self.cfg.start_timeout_s:.0f} s")
+        self.health.started(self._name(role, i) for i in joined)
+        self._muster(role)
+        return joined
+
+    def fallen(self, role: str) -> list[Member]:
+        """Those who died, or failed, while they came up."""
+        return [member for r, i in self._coming if r == role and (member := self.health.members[self._name(r, i)]).gone]
+
+    def dismiss(self, role: str, i: int) -> None:
+        """End an actor that is needed no more; what it had beyond the layout is free again."""
+        actor, part = self._actors.pop((role, i)), self._parts[role, i]
+        self._coming.pop((role, i), None)
+        self.health.forget(self._name(role, i))
+        ray.kill(actor)
+        if part.placement is not None:
+            remove_placement_group(part.placement)
+            part.placement = None
+        self._muster(role)
+
+    def _muster(self, role: str) -> None:
+        self.group(role).actors[:] = [self._actors[seat] for seat in sorted(self._actors)
+                                      if seat[0] == role and seat not in self._coming]
+
     def _name(self, role: str, i: int) -> str:
         takes = self._parts[role, i].takes
         return f"{role}-{i}.{self._number}" + (f".{takes}" if takes else "")
 
     def _launch(self, role: str, i: int) -> Any:
-        part, share, name = self._parts[role, i], self.layout.shares[role, i], self._name(role, i)
+        part, name = self._parts[role, i], self._name(role, i)
+        share = self.layout.shares.get((role, i), self.layout.shares[role, 0])
         env = {**_ROLE_ENV, "OMP_NUM_THREADS": str(part.threads)}
         if not share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the node's GPUs in sight of actors that asked for none
@@ -291,6 +384,6 @@ class Cast:
             name=name, num_cpus=share.cpus, num_gpus=share.gpus, max_concurrency=1,
             scheduling_strategy=self._in_bundle(role, i), runtime_env={"env_vars": env},
         )
-        actor = options.remote()
+        self._actors[role, i] = actor = options.remote()
         self.health.watch(Member(role, i, name, actor))
         return actor

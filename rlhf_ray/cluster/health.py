@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,12 +75,12 @@ class Health:
         with self._lock:
             self.members[member.name] = member
 
-    def started(self) -> None:
-        """All who are watched now have come up."""
+    def started(self, names: Iterable[str]) -> None:
+        """These have come up."""
         with self._lock:
-            for member in self.members.values():
-                if not member.started_at:
-                    member.started_at = time.monotonic()
+            for name in names:
+                if not self.members[name].started_at:
+                    self.members[name].started_at = time.monotonic()
 
     def forget(self, name: str) -> None:
         """Somebody else takes its place, or it is no longer needed."""

@@ -320,6 +320,11 @@ class ExportConfig:
 
 
 @dataclass
+class ScaleConfig:
+    generators: int | None = opt(None, "how many generators a ppo stage that is under way shall have", ge=1)
+
+
+@dataclass
 class CheckpointConfig:
     iterations: int = opt(1, "ppo: save after every so many iterations", ge=1)
     seconds: float = opt(60.0, "pretrain, sft, rm, dpo: save when so long has passed since the last save, seconds",
@@ -361,5 +366,6 @@ class Config:
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

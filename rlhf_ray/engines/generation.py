@@ -50,7 +50,10 @@ class GenerationEngine:
     after temperature, are those of the distribution it sampled from.
     """
 
-    def __init__(self, path: str, model: ModelConfig, cfg: GeneratorConfig, sync_backend: str, seed: int):
+    def __init__(
+        self, path: str, model: ModelConfig, cfg: GeneratorConfig, sync_backend: str, seed: int, shared: bool = False
+    ):
+        """shared: the device is another's in turn, so that the engine must be able to sleep."""
         import torch
 
         if cfg.tensor_parallel_size == 1:
@@ -74,9 +77,10 @@ class GenerationEngine:
             weight_transfer_config=WeightTransferConfig(backend=sync_backend), disable_log_stats=True,
             worker_extension_cls="rlhf_ray.engines.weight_sync.WorkerExtension",
             # A model and its tokenizer decide how to sample; a generation_config.json must not.
-            generation_config="vllm",
+            generation_config="vllm", enable_sleep_mode=shared,
         )
         self.version = 0
+        self._asleep = {"weights": False, "kv_cache": False}
         self._requests = 0
 
     def sample(self, requests: Sequence[Request], temperature: float, max_tokens: int) -> Iterator[Response]:
@@ -109,6 +113,21 @@ class GenerationEngine:
         """Replace the weights by those of another model of the same shape, from disk."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self._forget_old_weights()
+
+    def sleep(self) -> None:
+        """Leave the device to another: cache and weights are gone, so that the engine is stale until it is synced."""
+        if not all(self._asleep.values()):
+            self.wake(*self._asleep)  # half awake, an engine cannot go to sleep
+            self.version = 0
+            self.llm.sleep(level=2)
+            self._asleep = dict.fromkeys(self._asleep, True)
+
+    def wake(self, *parts: str) -> None:
+        """Take the device back for these parts, `weights` or `kv_cache`; the weights are no weights before a sync."""
+        for part in parts:
+            if self._asleep[part]:
+                self.llm.wake_up([part])
+                self._asleep[part] = False
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""

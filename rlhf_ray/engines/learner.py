@@ -143,6 +143,7 @@ class Learner:
         )
         self.module: nn.Module = self.engine.module
         self.device = device
+        self._offloaded = False  # parameters and buffers
 
     # -- collectives on numbers ------------------------------------------------------------------------------
 
@@ -295,6 +296,7 @@ class Learner:
         """
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+        self.reload()
         zero, kinds = self.engine.optimizer, [k for k in ("exp_avg", "exp_avg_sq") if shards.names(k)]
         zero.checkpoint_event_prologue()
         for flat in zero.fp32_partitioned_groups_flat:
@@ -317,6 +319,39 @@ class Learner:
             found = shards.own(key, self.rank, self.world_size)
             if found is not None:
                 restore(found)
+
+    # -- taking turns on a device ------------------------------------------------------------------------------
+
+    def offload(self, everything: bool) -> None:
+        """Move the optimizer (float32 weights and moments) to host memory; everything: parameters and buffers too.
+
+        What needs them on the device calls `reload` first.
+        """
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+        for tensor in self._optimizer_tensors():
+            tensor.data = tensor.data.to("cpu")
+        if everything and not self._offloaded:
+            # DeepSpeed's own way for the optimizer's part wants its FusedAdam.
+            self.engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
+            self._offloaded = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        """All that `offload` moved is on the device again."""
+        if self._offloaded:
+            self.engine.reload_states()
+            self._offloaded = False
+        for tensor in self._optimizer_tensors():
+            tensor.data = tensor.data.to(self.device)
+
+    def _optimizer_tensors(self) -> Iterator[Tensor]:
+        if self.cfg.offload_optimizer:  # it lives in host memory
+            return
+        yield from self.engine.optimizer.fp32_partitioned_groups_flat
+        for state in self._moments():
+            yield from (tensor for kind, tensor in state.items() if kind != "step")
 
     def _moments(self) -> Iterator[dict[str, Any]]:
         """AdamW's state of each flat group; nothing before the first step."""

@@ -104,6 +104,7 @@ TABLE = {m.key: m for m in (
     Measure("tokens_per_second", "rlhf_trainer_response_tokens_per_second", "Response tokens over the time of the "
             "whole iteration."),
     Measure("seconds", "rlhf_trainer_phase_seconds", "Time of each phase of an iteration.", ("phase",)),
+    Measure("generators", "rlhf_generator_working_actors", "Generators that share the work."),
     Measure("restarts", "rlhf_trainer_restarted_actors", "Actors replaced since this driver began."),
     Measure("memory_gib", "rlhf_actor_memory_gib", "Resident memory of an actor.", ("role", "rank")),
 )}

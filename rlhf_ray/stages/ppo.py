@@ -22,8 +22,10 @@ from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import prompt_set
+from rlhf_ray.train.fleet import WANTED, Fleet
 from rlhf_ray.train.ppo import PPOTrainer
 from rlhf_ray.train.rollout import RolloutWorkers
+from rlhf_ray.train.turns import Turns
 from rlhf_ray.train.watch import Watch
 
 
@@ -52,14 +54,14 @@ def run(cfg: Config) -> None:
         models = {"sft": paths.sft, **({"rm": paths.reward} if roles.MODEL in cfg.reward.sources else {})}
         checkpoints, checkpoint = resumed(cfg, record, models, p.iterations)
         directory, log = paths.stage("ppo"), cfg.logging
-        for old in ("PAUSED", *(() if checkpoint else ("metrics.jsonl", "alarms.jsonl"))):
+        for old in ("PAUSED", *(() if checkpoint else ("metrics.jsonl", "alarms.jsonl", WANTED))):
             (directory / old).unlink(missing_ok=True)
         with session(cfg), Cast(layout, cfg.cluster, directory) as cast:
             ptx = stream = None
             if cfg.algorithm.ptx:
                 blocks = token_blocks(task_data.texts(), tokenizer, cfg.model.max_length)
                 ptx, stream = ray.put(block_dataset(blocks)), PromptStream(len(blocks), cfg.seed + 1)
-            generators = roles.generators(cast, cfg, sft, ray.put(prompt_set(prompts)), backend)
+            generators = roles.generators(cast, cfg, sft, ray.put(prompt_set(prompts)), backend, elastic=True)
             warmup = p.critic_warmup_iterations if has_critic else 0
             policy = roles.policy_learners(cast, cfg, sft, optimizer_steps(cfg, p.iterations - warmup), ptx)
             critic: Group | None = None
@@ -69,6 +71,7 @@ def run(cfg: Config) -> None:
             workers = RolloutWorkers(
                 generators, roles.reward_sources(cast, cfg, reward, sft, texts),
                 roles.reference_models(cast, cfg, sft), roles.judge(cast, sft, task_data.judge()) if watched else None,
+                Turns(generators, policy, roles.shares_devices(cfg)),
                 cfg.rollout.temperature, cfg.rollout.max_response_tokens,
             )
             with console.status("starting the actors of all roles"):
@@ -79,8 +82,9 @@ def run(cfg: Config) -> None:
 
             with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
                 watch = Watch(cfg.alarms, directory, save)
+                fleet = Fleet(cast, cfg.roles.generator.replicas, directory)
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,
-                                     recorder, watch, cast, checkpoints)
+                                     recorder, watch, fleet, checkpoints)
                 trainer.run(checkpoint)
             save()
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.shards import SavedFile
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _READERS = 4  # threads that hash files; more do not read a disk faster
 

@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError
 from rlhf_ray.actors.generator import Sample, sample_seed
 from rlhf_ray.actors.learners import CriticLearner, Window
 from rlhf_ray.actors.policy import PolicyLearner, Prepared
-from rlhf_ray.cluster.group import Cast, Group, wait
+from rlhf_ray.cluster.group import Group, wait
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
 from rlhf_ray.core.masked import Moments
@@ -25,6 +25,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import Recorder
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
+from rlhf_ray.train.fleet import Fleet
 from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.recovery import Recovery, Saver
@@ -59,17 +60,18 @@ class PPOTrainer:
     """
 
     def __init__(self, cfg: Config, workers: RolloutWorkers, policy: Group, critic: Group | None,
-                 prompts: PromptStream, ptx: PromptStream | None, recorder: Recorder, watch: Watch, cast: Cast,
+                 prompts: PromptStream, ptx: PromptStream | None, recorder: Recorder, watch: Watch, fleet: Fleet,
                  checkpoints: Checkpoints):
         self.cfg, self.workers, self.policy, self.critic = cfg, workers, policy, critic
-        self.prompts, self.ptx, self.recorder, self.watch, self.cast = prompts, ptx, recorder, watch, cast
+        self.prompts, self.ptx, self.recorder, self.watch = prompts, ptx, recorder, watch
+        self.fleet, self.cast = fleet, fleet.cast
         self.step, self.version = 0, 1
         self.begun = self.done = False
         self.saving: dict[str, float] = {}  # seconds
         self.kl_coef, self.seen_scores = cfg.algorithm.kl_coef, Moments()
         learners = [policy, *([critic] if critic else [])]
         self.saver = Saver(checkpoints, learners)
-        self.recovery = Recovery(cast, learners, self.saver, cfg.cluster.attempts, connect=self.connect,
+        self.recovery = Recovery(self.cast, learners, self.saver, cfg.cluster.attempts, connect=self.connect,
                                  roll_back=self.roll_back)
         self.start = self.boundary = self.state_dict()
 
@@ -130,7 +132,7 @@ class PPOTrainer:
     def run_step(self, step: int) -> dict[str, Any]:
         clock, started = Clock(self.enter), time.monotonic()
         with clock("rollout"):
-            rollouts = self.workers.run(self.samples(step), self.version)
+            rollouts = self.workers.run(self.samples(step), self.version, self.fleet.wanted)
         with clock("score"):
             entropy, mismatch = self.score(rollouts)
         with clock("advantages"):
@@ -149,7 +151,8 @@ class PPOTrainer:
         clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
         values = {
             **batch.numbers, **report, "entropy": entropy, "mismatch": mismatch, "kl_coef": self.kl_coef,
-            "weight_version": self.version, "empty": sum(i.empty for i in rollouts.infos),
+            "weight_version": self.version, "generators": len(self.workers.generators),
+            "empty": sum(i.empty for i in rollouts.infos),
             "repeated_ngrams": sum(i.repeated for i in rollouts.infos) / max(1, sum(i.ngrams for i in rollouts.infos)),
             **self.workers.reward_costs(),
             **({"judge_score": sum(s for s, _ in judged) / sum(n for _, n in judged)} if judged else {}),
@@ -239,19 +242,24 @@ class PPOTrainer:
     def connect(self) -> None:
         """Lay the wire to all generators, and bring them to the policy's weights."""
         r, c = self.cfg.roles.generator, self.cfg
+        self.workers.turns.sync()
         self.policy.call(PolicyLearner.connect, self.workers.generators.actors, r.tensor_parallel_size,
                          sync_backend(c), self.cast.meeting_point("policy"), c.weight_sync.bucket_mib,
                          c.cluster.call_timeout_s)
         self.policy.call(PolicyLearner.push, self.version)
 
     def push_weights(self, version: int) -> None:
-        """Every generator holds the policy's weights, stamped `version`, or this raises.
+        """Every generator holds the policy's weights, stamped `version`, or this raises. Here they join and leave.
 
         Raises Again if learners were lost on the way and have gone back.
         """
         self.version = version
         try:
-            self.policy.call(PolicyLearner.push, version)
+            if self.fleet.gather():
+                self.connect()
+            else:
+                self.workers.turns.sync()
+                self.policy.call(PolicyLearner.push, version)
         except Exception as error:
             if self.recovery.heal(error, updated=True):
                 raise Again from error
@@ -277,7 +285,8 @@ class PPOTrainer:
         """What the driver knows besides its configuration: JSON-able."""
         return {"step": self.step, "kl_coef": self.kl_coef, "seen_scores": asdict(self.seen_scores),
                 "prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict() if self.ptx else None,
-                "metrics": self.recorder.position, "watch": self.watch.state_dict()}
+                "metrics": self.recorder.position, "watch": self.watch.state_dict(),
+                "fleet": self.fleet.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; what was recorded later is recorded again."""
@@ -288,6 +297,7 @@ class PPOTrainer:
             self.ptx.load_state_dict(state["ptx"])
         self.recorder.rewind(state["metrics"])
         self.watch.load_state_dict(state["watch"])
+        self.fleet.load_state_dict(state["fleet"])
         self.boundary = dict(state)
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:

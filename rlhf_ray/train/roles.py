@@ -64,10 +64,17 @@ def learner_ranks(cast: Cast, role: str, world_size: int) -> list[Rank]:
     return [Rank(rank, world_size, address, port) for rank in range(world_size)]
 
 
-def generators(cast: Cast, cfg: Config, path: str, prompts: Any, backend: str) -> Group:
+def generators(cast: Cast, cfg: Config, path: str, prompts: Any, backend: str, elastic: bool = False) -> Group:
+    """elastic: they may come and go, unless each shares the device of a policy rank."""
     g = cfg.roles.generator
-    return cast.start(Generator, "generator", [(path, cfg.model, g, prompts, backend, cfg.seed)] * g.replicas,
-                      g.threads)
+    return cast.start(Generator, "generator",
+                      [(path, cfg.model, g, prompts, backend, cfg.seed, elastic and shares_devices(cfg))] * g.replicas,
+                      g.threads, elastic and cfg.cluster.placement != "colocated")
+
+
+def shares_devices(cfg: Config) -> bool:
+    """Whether generators and policy take turns on GPUs."""
+    return cfg.cluster.placement == "colocated" and cfg.roles.generator.gpus > 0
 
 
 def reward_models(cast: Cast, cfg: Config, path: str) -> Group:

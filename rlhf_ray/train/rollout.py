@@ -1,8 +1,8 @@
 """Generate and score, streaming: a shard is scored while later responses are still being sampled.
 
-Exactness. The samples of a step are cut into shares, one per generator. A share is a pure function of its samples and
-of the weights, on whichever engine (its prefix cache is emptied first), so a share whose generator died is sampled
-again, whole, by any other. What the finished shares gave is kept for that.
+Exactness. The samples of a step are cut into shares, one for each generator that is wanted. A share is a pure function
+of its samples and of the weights, on whichever engine (its prefix cache is emptied first), so a share whose generator
+died is sampled again, whole, by any other. What the finished shares gave is kept for that.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Group, Overdue, debtors
 from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.types import RolloutInfo
+from rlhf_ray.train.turns import Turns
 
 
 @dataclass
@@ -60,35 +61,36 @@ class RolloutWorkers:
     """The generators and the frozen scorers, working side by side."""
 
     def __init__(self, generators: Group, rewards: Sequence[Group], reference: Group, judge: Group | None,
-                 temperature: float, max_tokens: int):
+                 turns: Turns, temperature: float, max_tokens: int):
         self.generators, self.temperature, self.max_tokens = generators, temperature, max_tokens
-        self.rewards, self.reference, self.judge = rewards, reference, judge
+        self.rewards, self.reference, self.judge, self.turns = rewards, reference, judge, turns
         self._turns = itertools.count()
-        self._samples: tuple[int, list[Sample]] = (0, [])  # weights and samples of what is kept
+        self._samples: tuple[int, list[Sample], int] = (0, [], 0)  # weights, samples and shares of what is kept
         self._kept: dict[int, list[_Shard]] = {}  # by share
 
-    def run(self, samples: list[Sample], version: int) -> Rollouts:
-        """Sample everything with weights `version`; scores are on their way when this returns.
+    def run(self, samples: list[Sample], version: int, shares: int) -> Rollouts:
+        """Sample everything with weights `version`, in so many shares; scores are on their way when this returns.
 
         Called again with the same arguments, after actors were replaced, it does only what is missing. Raises
         one of LOST, when the other generators are done, if one died; Overdue if none delivers within the call
         deadline.
         """
-        if self._samples != (version, samples):
+        self.turns.sample()
+        if self._samples != (version, samples, shares):
             self.forget()
-            self._samples = version, samples
-        n = len(self.generators)
-        shares = {i: samples[i::n] for i in range(n) if i not in self._kept and samples[i::n]}
+            self._samples = version, samples, shares
+        missing = {i: samples[i::shares] for i in range(shares) if i not in self._kept and samples[i::shares]}
         self._kept = {i: [self._ask(shard) for shard in shards] for i, shards in self._kept.items()}
-        found: dict[int, list[_Shard]] = {i: [] for i in shares}
+        found: dict[int, list[_Shard]] = {i: [] for i in missing}
         lost: Exception | None = None
-        for share, shard, info in self._shards(shares, version):
+        for share, shard, info in self._shards(missing, version):
             if isinstance(info, Exception):
                 lost = info
                 del found[share]
             else:
                 found[share].append(self._ask(_Shard(ScoredShard(shard, (), None), None, info)))
         self._kept |= found
+        self.turns.learn()
         if lost:
             raise lost
         # Each share's own order is reproducible; which was done first is not, and must not change any sum.
@@ -98,7 +100,7 @@ class RolloutWorkers:
 
     def forget(self) -> None:
         """Keep nothing."""
-        self._samples, self._kept = (0, []), {}
+        self._samples, self._kept = (0, [], 0), {}
 
     def _ask(self, shard: _Shard) -> _Shard:
         """Have the shard scored by all who have not been asked yet, or are gone since."""
@@ -125,11 +127,13 @@ class RolloutWorkers:
 
     def probe(self, samples: list[Sample], version: int) -> list[list[Any]]:
         """References to the shards of each generator, every one of which answers all samples. Nothing is scored."""
+        self.turns.sample()
         shards: list[list[Any]] = [[] for _ in self.generators.actors]
         for generator, shard, info in self._shards(dict.fromkeys(range(len(self.generators)), samples), version):
             if isinstance(info, Exception):
                 raise info
             shards[generator].append(shard)
+        self.turns.learn()
         return shards
 
     def _shards(

@@ -65,7 +65,7 @@ def watching(*actors: Actor, started: bool = True) -> tuple[Health, list[Member]
     for member in members:
         health.watch(member)
     if started:
-        health.started()
+        health.started(list(health.members))
     return health, members
 
 
@@ -118,7 +118,7 @@ def test_before_it_has_come_up_it_may_be_silent(ray: Ray) -> None:
     health, (member,) = watching(Actor(None), started=False)
     for ray.now in (100, 1000):
         one_round(health)
-    health.started()
+    health.started(list(health.members))
     for ray.now, killed in ((1060, []), (1061, [member.actor])):
         one_round(health)
         assert ray.killed == killed
@@ -130,7 +130,7 @@ def test_one_that_comes_later_has_a_deadline_of_its_own(ray: Ray) -> None:
     ray.now = 500
     new = Member("r1", 0, "r1-0", Actor())
     health.watch(new)
-    health.started()
+    health.started(list(health.members))
     assert (first.started_at, new.started_at) == (100, 500)
 
 

@@ -58,8 +58,11 @@ def blocks() -> TokenDataset:
     return TokenDataset(ids.reshape(-1), np.full(6, 16, dtype=np.int32), in_loss.reshape(-1))
 
 
-def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, **algorithm):
-    """Weights and report after optimizer steps of eight rollouts, and with ptx two or four text blocks, each."""
+def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, turns=False, **algorithm):
+    """Weights and report after optimizer steps of eight rollouts, and with ptx two or four text blocks, each.
+
+    turns: between the steps the learners leave the device, as where they share it.
+    """
     cfg = small_config(path)
     cfg.model.max_length = 24
     cfg.roles.policy.ranks, cfg.roles.policy.micro_batch_tokens = ranks, micro_batch_tokens
@@ -74,7 +77,15 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
         text = [np.array([0, 1]), np.array([2, 3, 4, 5])] if cfg.algorithm.ptx else [NONE, NONE]
         windows = [[Window(ALL[:HALF][rank::ranks], text[0][rank::ranks]),
                     Window(ALL[HALF:][rank::ranks], text[1][rank::ranks])][:steps] for rank in range(ranks)]
-        report = policy.call_each(PolicyLearner.update, [([ref], w, 0.1) for w in windows])[0]
+        if turns:
+            for step in range(steps):
+                report = policy.call_each(PolicyLearner.update, [([ref], [w[step]], 0.1) for w in windows])[0]
+                policy.call(PolicyLearner.offload, False)
+                policy.call(PolicyLearner.offload, True)
+                policy.call(PolicyLearner.offload, True)  # who has left stays away
+                policy.call(PolicyLearner.reload)
+        else:
+            report = policy.call_each(PolicyLearner.update, [([ref], w, 0.1) for w in windows])[0]
         policy.call(PolicyLearner.save, str(out))
     return load_file(out / "model.safetensors"), report
 
@@ -105,6 +116,13 @@ def test_ranks_and_micro_batches_do_not_change_the_update(ray_session, models, t
         # Adam's first steps turn rounding of a tiny gradient into a move of its own: compare with the step size.
         worst = max(float(np.quantile(np.abs(weights[k] - whole[k]), 0.99)) for k in weights)
         assert worst < 2e-5, (ranks, cut, worst)
+
+
+def test_leaving_the_device_and_coming_back_changes_no_bit(ray_session, models, tmp_path):
+    """On CPU everything stays in host memory; that DeepSpeed's buffers are put together again is seen all the same."""
+    stays, _ = updated_policy(models[0], tmp_path / "stays", ranks=2, name="ppo")
+    leaves, _ = updated_policy(models[0], tmp_path / "leaves", ranks=2, turns=True, name="ppo")
+    assert all(np.array_equal(stays[k], leaves[k]) for k in stays)
 
 
 def test_both_gradient_norms_are_those_of_each_loss_alone(ray_session, models, tmp_path):

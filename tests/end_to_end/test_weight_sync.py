@@ -14,6 +14,7 @@ from rlhf_ray.train import roles
 from rlhf_ray.train.answers import prompt_set
 from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.rollout import RolloutWorkers
+from rlhf_ray.train.turns import Turns
 
 PROMPTS = prompt_set([[0, 2, 40 + i, 41, 3] for i in range(12)])
 # Longer than a block of the engine's cache (128 tokens on CPU), so that their keys and values are kept and reused.
@@ -152,9 +153,9 @@ def test_the_gate_after_the_first_sync(ray_session, models):
         cast.ready()
         connect(cast, policy, generators)
         policy.call(PolicyLearner.push, 1)
-        same = RolloutWorkers(generators, [], reference, None, 0.7, 20)
+        same = RolloutWorkers(generators, [], reference, None, Turns(generators, policy, False), 0.7, 20)
         assert check_first_sync(same, policy, 12, 1, 0, 1e-4) < 1e-5
-        hot = RolloutWorkers(generators, [], reference, None, 1.0, 20)
+        hot = RolloutWorkers(generators, [], reference, None, Turns(generators, policy, False), 1.0, 20)
         with pytest.raises(UserError, match=r"disagree by .* nats per token .*\n  1\. weights that did not arrive"):
             check_first_sync(hot, policy, 12, 1, 0, 1e-3)
 
@@ -191,7 +192,8 @@ def test_shards_are_scored_as_they_arrive_and_the_driver_sees_numbers_only(ray_s
         generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
         reward, reference = roles.reward_models(cast, cfg, models[0]), roles.reference_models(cast, cfg, models[0])
         cast.ready()
-        result = RolloutWorkers(generators, [reward], reference, None, 1.0, 20).run(SAMPLES, 0)
+        turns = Turns(generators, generators, False)
+        result = RolloutWorkers(generators, [reward], reference, None, turns, 1.0, 20).run(SAMPLES, 0, 1)
         assert [len(i.lengths) for i in result.infos] == [5, 5, 2]
         assert sorted(np.concatenate([i.positions for i in result.infos])) == list(range(12))
         for shard, info in zip(result.shards, result.infos, strict=True):

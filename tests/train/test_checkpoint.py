@@ -75,9 +75,9 @@ def flip_step(content: bytearray) -> None:
     content[content.index(b'"step": ') + 8] ^= 1
 
 
-def format_2(directory: Path) -> None:
+def format_3(directory: Path) -> None:
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -91,7 +91,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut manifest": (lambda d: os.truncate(d / "manifest.json", 200), "manifest.json is unreadable: JSONDecodeError"),
     "another manifest": (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json is unreadable: TypeError"),
     "one digit of the manifest": (lambda d: change(d / "manifest.json", flip_step), "manifest.json: checksum differs"),
-    "another format": (format_2, "manifest.json is of format 2, this version of rlhf_ray reads 1"),
+    "another format": (format_3, "manifest.json is of format 3, this version of rlhf_ray reads 2"),
 }
 
 
