@@ -40,7 +40,8 @@ class LearnerRole(Role):
 
     def write(self, directory: str) -> list[SavedFile]:
         """Write the snapshot; runs beside whatever else the learner does (concurrency group `io`)."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # this thread only: it gives way to the work
+        # This thread only: it runs where a core would be idle, for an engine waits as a whole for each of its threads.
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
         files = [write_tensors(Path(directory) / name, tensors, header) for name, tensors, header in self.copied]
         self.copied = []
         return files

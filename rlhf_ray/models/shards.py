@@ -8,9 +8,11 @@ all files, end to end, are the parameter, whatever the number of ranks: a checkp
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,12 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_ray.errors import UserError
 
 WEIGHT = "weight"
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # names of the format
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,40 @@ def shard_name(role: str, rank: int, world_size: int) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> SavedFile:
-    """Write tensors and a header (JSON), down to the disk. Raises UserError if the disk is full or read-only."""
+    """Write tensors and a header (JSON), down to the disk. Raises UserError if the disk is full or read-only.
+
+    The library's own writer copies every tensor and holds the interpreter's lock throughout: whoever trains beside it
+    would wait, and the file would have to be read again for its checksum.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that all are aligned
+    entries: dict[str, Any] = {"__metadata__": {"header": json.dumps(header)}}
+    end = 0
+    for name, tensor in ordered:
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                         "data_offsets": [end, end := end + tensor.nbytes]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
     try:
-        save_file(dict(tensors), path, metadata={"header": json.dumps(header)})
-        with path.open("rb") as file:
+        with path.open("wb", buffering=0) as file:
+            for piece in (struct.pack("<Q", len(text)) + text, *(_bytes(tensor) for _, tensor in ordered)):
+                _write_all(file, memoryview(piece))
+                digest.update(piece)
             os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SavedFile(path.name, path.stat().st_size, digest)
-    except (OSError, SafetensorError) as error:
+        return SavedFile(path.name, path.stat().st_size, digest.hexdigest())
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}; free space there, or move output_dir; checkpoints written "
                         "before are as they were") from error
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """Its memory, if it is in one piece."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(file: io.FileIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data):]
 
 
 class Shards:

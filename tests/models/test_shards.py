@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.shards import SavedFile, Shards, shard_name, write_tensors
@@ -117,3 +118,13 @@ def test_what_cannot_be_written_is_said_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "gone" / "policy-00000-of-00001.safetensors"
     with pytest.raises(UserError, match=f"cannot write {path}: .*checkpoints written before are as they were"):
         write_tensors(path, {"w|weight": torch.ones(4)}, {})
+
+
+def test_the_library_reads_what_is_written_whatever_the_shape(tmp_path: Path) -> None:
+    tensors = {"a|weight": torch.arange(6.0).reshape(2, 3).T, "rng": torch.arange(5, dtype=torch.uint8),
+               "none|weight": torch.zeros(0), "one|weight": torch.tensor(3.0)}
+    saved = write_tensors(tmp_path / "x.safetensors", tensors, {"steps": 1})
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(found[name].shape == t.shape and (found[name] == t).all() for name, t in tensors.items())
+    assert saved.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
