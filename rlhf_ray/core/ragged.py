@@ -5,6 +5,8 @@ A forward pass sees *packed rows*: several sequences share one row of a rectangl
 ids that start again at 0, so that (nearly) no padding is computed.
 """
 
+import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -68,24 +70,27 @@ class PackedRows:
 
 
 def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
-    """Fill rows of `row_length` tokens with whole sequences: first-fit decreasing.
+    """Lay whole sequences into as few rows of at most `row_length` tokens as this finds, all about equally full.
 
-    Returns the sequence numbers of each row. Raises ValueError for a sequence longer than a row.
+    Longest first, each into the emptiest row: rows of one width leave no padding between them. Returns the sequence
+    numbers of each row. Raises ValueError for a sequence longer than a row.
     """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -int(lengths[i])):
-        length = int(lengths[i])
-        if length > row_length:
-            raise ValueError(f"sequence {i} has {length} tokens; a row holds {row_length}")
-        spot = next((r for r, free in enumerate(room) if free >= length), None)
-        if spot is None:
-            rows.append([i])
-            room.append(row_length - length)
+    order = sorted(range(len(lengths)), key=lambda i: -int(lengths[i]))
+    if order and lengths[order[0]] > row_length:
+        raise ValueError(f"sequence {order[0]} has {lengths[order[0]]} tokens; a row holds {row_length}")
+    count = math.ceil(int(np.sum(lengths)) / row_length)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, row) for row in range(count)]  # a heap: the emptiest first
+        for i in order:
+            load, row = loads[0]
+            if load + int(lengths[i]) > row_length:
+                break
+            rows[row].append(i)
+            heapq.heapreplace(loads, (load + int(lengths[i]), row))
         else:
-            rows[spot].append(i)
-            room[spot] -= length
-    return rows
+            return rows
+        count += 1
 
 
 def pack(

@@ -55,13 +55,18 @@ def test_padding_nothing() -> None:
 # -- packing -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_filled_first_fit_decreasing() -> None:
-    """By hand, rows of 8: 7 opens row 0 (1 left), 5 row 1 (3 left), 4 row 2 (4 left); 3 fits row 1 first, 2 row 2."""
-    assert plan_rows(np.array([3, 7, 2, 5, 4]), 8) == [[1], [3, 0], [4, 2]]
+def test_rows_are_about_equally_full() -> None:
+    """By hand, 21 tokens want three rows of 8: 7, 5 and 4 open them, 3 goes to the row of 4, 2 to that of 5."""
+    assert plan_rows(np.array([3, 7, 2, 5, 4]), 8) == [[1], [3, 2], [4, 0]]
 
 
-def test_equal_lengths_stay_in_order_and_a_row_may_be_full_to_the_last_place() -> None:
-    assert plan_rows(np.array([4, 4, 4, 4]), 8) == [[0, 1], [2, 3]]
+def test_one_more_row_where_the_least_number_does_not_do() -> None:
+    """Two rows of 8 would hold 15 tokens, but not three sequences of 5."""
+    assert plan_rows(np.array([5, 5, 5]), 8) == [[0], [1], [2]]
+
+
+def test_a_row_may_be_full_to_the_last_place() -> None:
+    assert plan_rows(np.array([4, 4, 4, 4]), 8) == [[0, 2], [1, 3]]
     assert plan_rows(np.array([], dtype=np.int64), 8) == []
 
 
@@ -71,26 +76,33 @@ def test_a_sequence_longer_than_a_row_is_refused() -> None:
 
 
 def test_pack_by_hand() -> None:
-    """Rows of 4 hold [sequence 0, sequence 1] and [sequence 2]: two micro-batches of one row, or one of two."""
+    """Rows of 4 hold [sequence 0] and [sequences 2, 1]: two micro-batches of one row, or one of two."""
     first, second = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=4)
-    assert first.ids.tolist() == [[10, 11, 12, 20]]
-    assert first.positions.tolist() == [[0, 1, 2, 0]]
-    assert first.index.tolist() == [[0, 1, 2, 3]]
-    assert second.ids.tolist() == [[30, 31]]  # only as wide as its fullest row
+    assert first.ids.tolist() == [[10, 11, 12]]  # only as wide as its fullest row
+    assert second.ids.tolist() == [[30, 31, 20]]
+    assert second.positions.tolist() == [[0, 1, 0]]
+    assert second.index.tolist() == [[4, 5, 3]]
     (both,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)
-    assert both.ids.tolist() == [[10, 11, 12, 20], [30, 31, 0, 0]]
-    assert both.positions.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
-    assert both.index.tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
-    assert both.filled.tolist() == [[True] * 4, [True, True, False, False]]
+    assert both.ids.tolist() == [[10, 11, 12], [30, 31, 20]]
+    assert both.filled.all()
+
+
+def test_empty_places_by_hand() -> None:
+    """Rows of 3: one holds sequence 0, the other sequence 1 and two empty places."""
+    (both,) = pack(FLAT[:4], LENGTHS[:2], row_length=3, tokens_per_batch=6)
+    assert both.ids.tolist() == [[10, 11, 12], [20, 0, 0]]
+    assert both.positions.tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert both.index.tolist() == [[0, 1, 2], [3, -1, -1]]
+    assert both.filled.tolist() == [[True] * 3, [True, False, False]]
 
 
 def test_one_row_by_hand() -> None:
     """The two rows of the test above end to end; the empty places stay where they were."""
-    (flat,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8, one_row=True)
-    assert flat.ids.tolist() == [[10, 11, 12, 20, 30, 31, 0, 0]]
-    assert flat.positions.tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
-    assert flat.index.tolist() == [[0, 1, 2, 3, 4, 5, -1, -1]]
-    assert flat.pick(FLAT, fill=-1).tolist() == [[10, 11, 12, 20, 30, 31, -1, -1]]
+    (flat,) = pack(FLAT[:4], LENGTHS[:2], row_length=3, tokens_per_batch=6, one_row=True)
+    assert flat.ids.tolist() == [[10, 11, 12, 20, 0, 0]]
+    assert flat.positions.tolist() == [[0, 1, 2, 0, 0, 0]]
+    assert flat.index.tolist() == [[0, 1, 2, 3, -1, -1]]
+    assert flat.pick(FLAT, fill=-1).tolist() == [[10, 11, 12, 20, -1, -1]]
 
 
 def test_one_row_changes_the_shape_only() -> None:
@@ -147,13 +159,13 @@ def test_nothing_to_pack() -> None:
 
 
 def test_pick_brings_a_per_token_array_into_the_rectangle() -> None:
-    (rows,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)
-    weights = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], dtype=np.float32)
-    assert rows.pick(weights).tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
-    assert rows.pick(weights, fill=-1).tolist() == [[0, 1, 2, 3], [4, 5, -1, -1]]
-    wanted = rows.pick(FLAT > 11)
+    (rows,) = pack(FLAT[:4], LENGTHS[:2], row_length=3, tokens_per_batch=6)
+    weights = np.array([4.0, 1.0, 2.0, 3.0], dtype=np.float32)
+    assert rows.pick(weights).tolist() == [[4, 1, 2], [3, 0, 0]]
+    assert rows.pick(weights, fill=-1).tolist() == [[4, 1, 2], [3, -1, -1]]
+    wanted = rows.pick(FLAT[:4] > 11)
     assert wanted.dtype == torch.bool
-    assert wanted.tolist() == [[False, False, True, True], [True, True, False, False]]
+    assert wanted.tolist() == [[False, False, True], [True, False, False]]
 
 
 @pytest.mark.filterwarnings("error")

@@ -48,9 +48,9 @@ def reward_model(models: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """A private Ray with room for every role."""
+    """A private Ray with room for every role, for the tests of one file."""
     cfg = small_config()
     cfg.cluster.num_cpus = 8
     with session(cfg):

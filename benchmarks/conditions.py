@@ -1,0 +1,20 @@
+"""What a benchmark's numbers were taken under."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.versions import installed
+
+
+def conditions() -> dict[str, Any]:
+    """Date, processor, cores, GPU and versions: JSON-able."""
+    import torch
+
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {"date": str(date.today()), "cpu": model[1] if model else "unknown", "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": installed()}

@@ -1,0 +1,165 @@
+"""An iteration of PPO, by phase, beside its floor: the same engines called directly in one process.
+
+    .venv/bin/python benchmarks/iteration.py [--workloads W1 W2 M125] [--repeats 2] [KEY=VALUE ...]
+
+The floor has no Ray, no sync and no orchestration: vLLM samples, then plain torch modules make the four forward passes
+(policy, reference, reward, critic) and the two training steps, one after the other, with all cores each. Runs and
+floors alternate, and only numbers of one call of this script may be set side by side. KEY=VALUE changes our run.
+Prints a table and writes benchmarks/results/iteration.json with conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from conditions import conditions
+from workloads import PROMPT, RESPONSE, RESPONSES, config, make
+
+RESULTS = Path(__file__).parent / "results" / "iteration.json"
+WARM_UP = 1  # iterations
+MICRO = 8  # sequences in a forward pass
+PHASES = ("generate", "policy forward", "reference forward", "reward forward", "critic forward", "policy step",
+          "critic step")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=["W1", "W2"])
+    parser.add_argument("--models", type=Path, default=Path("outputs/workloads"))
+    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--one", choices=["floor", "run"], help=argparse.SUPPRESS)  # what a child process does
+    args, overrides = parser.parse_known_args()
+    if args.one:
+        measure = floor if args.one == "floor" else run
+        print(json.dumps(measure(args.workloads[0], args.models, args.iterations, tuple(overrides))))
+        return
+    table = {}
+    for name in args.workloads:
+        make(name, args.models)
+        rows: dict[str, list[dict[str, float]]] = {"floor": [], "run": []}
+        starts = []
+        for _ in range(args.repeats):
+            for kind in rows:
+                result = child(kind, name, args, overrides)
+                rows[kind] += result["iterations"][WARM_UP:]
+                starts += [result["start_s"]] if kind == "run" else []
+        table[name] = {kind: summary(found) for kind, found in rows.items()}
+        table[name] |= {"start_to_first_rollout_s": median(starts),
+                        "floor_over_iteration": table[name]["floor"]["total"]["median"]
+                        / table[name]["run"]["total"]["median"]}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**conditions(), "overrides": overrides, "workloads": table}, indent=1) + "\n")
+    for name, found in table.items():
+        for kind in ("floor", "run"):
+            print(f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in found[kind].items()))
+        print(f"{name} floor / iteration {found['floor_over_iteration']:.2f}; "
+              f"start to first rollout {found['start_to_first_rollout_s']:.0f} s")
+
+
+def child(kind: str, name: str, args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--one", kind, "--workloads", name, "--models", str(args.models),
+                           "--iterations", str(args.iterations), *overrides], stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    rows = [{**row, "total": sum(row.values())} for row in rows]
+    return {phase: {"median": median(r[phase] for r in rows), "min": min(r[phase] for r in rows),
+                    "max": max(r[phase] for r in rows)} for phase in rows[0]}
+
+
+def run(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Seconds of each phase of each iteration of the ppo stage, and from its start to the end of the first rollout."""
+    from rlhf_ray.cluster.runtime import session
+    from rlhf_ray.metrics.recorder import read_history
+    from rlhf_ray.stages import ppo
+    from rlhf_ray.stages.common import Paths
+
+    cfg = config(name, models / name, models / "runs" / name, iterations=iterations, overrides=overrides)
+    started, entered = time.monotonic(), []
+    enter = ppo.PPOTrainer.enter
+
+    def entering(self: Any, phase: str) -> None:
+        entered.append((phase, time.monotonic() - started))
+        enter(self, phase)
+
+    ppo.PPOTrainer.enter = entering  # type: ignore[method-assign]
+    with session(cfg):
+        ppo.run(cfg)
+    rows = read_history(Paths(cfg).stage("ppo"))
+    return {"iterations": [row["seconds"] for row in rows],
+            "start_s": next(at for phase, at in entered if phase == "score")}
+
+
+def floor(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Seconds of the same work in this process."""
+    import numpy as np
+    import torch
+
+    from rlhf_ray.core.ragged import PackedRows, pack
+    from rlhf_ray.engines.generation import GenerationEngine, Request
+    from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer
+    from rlhf_ray.models.modules import CausalLM, ScalarModel
+
+    cfg = config(name, models / name, models / "runs" / name, overrides=overrides)
+    threads = os.cpu_count() or 1
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    cfg.roles.generator.threads = threads
+    path, reward = str(models / name / "sft/model"), str(models / name / "rm/model")
+    tokenizer = load_tokenizer(path)
+    lines = (models / name / "prompts.jsonl").read_text().splitlines()
+    prompts = [[tokenizer.bos_token_id, *tokenizer(json.loads(line)["prompt"])["input_ids"]] for line in lines]
+    engine = GenerationEngine(path, cfg.model, cfg.roles.generator, "gloo", 0)
+    torch.set_num_threads(threads)
+    policy, reference = (CausalLM(load_causal_lm(path, cfg.model)) for _ in range(2))
+    scorer, critic = (ScalarModel(load_scalar_model(reward, cfg.model)) for _ in range(2))
+    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policy, critic)}
+
+    def logprobs(model: CausalLM, rows: PackedRows) -> torch.Tensor:
+        return model(rows.ids, rows.positions, rows.positions >= PROMPT, 1.0)[0]
+
+    def values(model: ScalarModel, rows: PackedRows) -> torch.Tensor:
+        return ScalarModel.values(model(rows.ids, rows.positions))
+
+    def forward(of: Callable[..., torch.Tensor], model: Any, batches: list[PackedRows]) -> None:
+        with torch.no_grad():
+            for rows in batches:
+                of(model, rows)
+
+    def step(of: Callable[..., torch.Tensor], model: Any, batches: list[PackedRows]) -> None:
+        for rows in batches:
+            (of(model, rows).mean() / len(batches)).backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad(set_to_none=True)
+
+    measured = []
+    for i in range(iterations):
+        clock = [time.perf_counter()]
+        chosen = [prompts[(i * RESPONSES + k) % len(prompts)] for k in range(RESPONSES)]
+        responses = list(engine.sample([Request(p, i * RESPONSES + k) for k, p in enumerate(chosen)], 1.0, RESPONSE))
+        assert all(len(r.ids) == RESPONSE for r in responses)
+        clock.append(time.perf_counter())
+        ids = np.concatenate([np.concatenate([chosen[r.index], r.ids]) for r in responses]).astype(np.int32)
+        lengths = np.full(RESPONSES, PROMPT + RESPONSE)
+        batches = pack(ids, lengths, PROMPT + RESPONSE, MICRO * (PROMPT + RESPONSE))
+        for work, of, model in ((forward, logprobs, policy), (forward, logprobs, reference), (forward, values, scorer),
+                                (forward, values, critic), (step, logprobs, policy), (step, values, critic)):
+            work(of, model, batches)
+            clock.append(time.perf_counter())
+        measured.append(dict(zip(PHASES, np.diff(clock).tolist(), strict=True)))
+    return {"iterations": measured, "start_s": 0.0}
+
+
+if __name__ == "__main__":
+    main()
