@@ -64,7 +64,8 @@ def make(name: str, root: Path) -> Path:
         if len(tokenizer(text)["input_ids"]) == PROMPT - 1:  # <|bos|> comes before it
             prompts.append(text)
     never_ends(tokenizer, shape.vocab)
-    scalar = LlamaConfig(**{**config.to_dict(), "num_labels": 1})
+    # The reward model reads the end-of-sequence token behind a response that was cut.
+    scalar = LlamaConfig(**{**config.to_dict(), "num_labels": 1, "vocab_size": shape.vocab + 1})
     for stage, kind, of in (("sft", LlamaForCausalLM, config), ("rm", LlamaForSequenceClassification, scalar)):
         torch.manual_seed(0)
         kind(of).save_pretrained(directory / stage / "model")

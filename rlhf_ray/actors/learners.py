@@ -36,7 +36,7 @@ class ScoredShard:
     rollout: Any  # -> RolloutBatch
     scores: tuple[Any, ...]  # one per reward source, each -> float32 [N]
     ref_logprobs: Any  # -> float32 [T]
-    old_logprobs: Any = None  # -> float32 [T]
+    old_logprobs: Any = None  # -> float32 [T]; None where the update computes them itself
     values: Any = None  # -> float32 [T], None without a critic
 
 

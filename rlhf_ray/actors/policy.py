@@ -159,10 +159,14 @@ class PolicyLearner(RLLearner):
 
     # -- updates -------------------------------------------------------------------------------------------------
 
-    def update(self, batches: Sequence[Any], windows: Sequence[Window], kl_coef: float) -> dict[str, float]:
+    def update(
+        self, batches: Sequence[Any], windows: Sequence[Window], kl_coef: float, on_policy: bool = False
+    ) -> dict[str, float]:
         """One optimizer step per window on the algorithm's loss, with KL, entropy and ptx terms where asked for.
 
         The numbers are means over the windows; a window in which every response is left out makes no step.
+        on_policy: it is the one step on this batch, so that what it computes are the old log-probabilities; those of
+        the batch are the engine's.
         """
         data = self._whole(PolicyBatch, batches)
         totals: dict[str, float] = {}
@@ -175,19 +179,21 @@ class PolicyLearner(RLLearner):
             if not tokens:
                 continue
             factors, denominator = self._mean(rollouts, counts, tokens, responses)
-            sums = np.zeros(6)
-            rl = [MicroBatch(rows, partial(self._policy_loss, rows=rows, data=rollouts, factors=factors,
-                                           denominator=denominator, kl_coef=kl_coef, sums=sums))
+            sums = np.zeros(8)
+            rl = [MicroBatch(rows, partial(self._policy_loss, rows=rows, data=rollouts, factors=factors, sums=sums,
+                                           denominator=denominator, kl_coef=kl_coef, on_policy=on_policy))
                   for rows in self._pack(rollouts.ids, rollouts.lengths)]
             mixed = [MicroBatch(rows, partial(self._ptx_loss, rows=rows, data=ptx, tokens=ptx_tokens, sums=sums))
                      for rows in self._pack(ptx.ids, ptx.lengths)]
             result = self.learner.step(rl, mixed)
-            loss, clipped, kl, clamped, kl_term, ptx_loss = self.learner.sum(*sums)
+            loss, clipped, kl, clamped, kl_term, ptx_loss, entropy, mismatch = self.learner.sum(*sums)
             report = {"policy_loss": loss, "clip_fraction": clipped / tokens, "update_kl_per_token": kl / tokens,
                       "clamped_tokens": clamped, "policy_grad_norm": result.grad_norm, "policy_lr": result.lr,
                       "policy_skipped_steps": float(result.skipped)}
             if self.algorithm.kl_in == "loss":
                 report["kl_loss"] = kl_term
+            if on_policy:
+                report |= {"entropy": entropy / tokens, "mismatch": mismatch / tokens}
             if self.algorithm.ptx:
                 report["ptx_loss"] = ptx_loss
                 if result.norms:
@@ -209,7 +215,7 @@ class PolicyLearner(RLLearner):
 
     def _policy_loss(
         self, device_rows: PackedRows, rows: PackedRows, data: PolicyBatch, factors: np.ndarray, denominator: float,
-        kl_coef: float, sums: np.ndarray,
+        kl_coef: float, on_policy: bool, sums: np.ndarray,
     ) -> Tensor:
         a, device, wanted = self.algorithm, device_rows.ids.device, rows.pick(data.in_response, False)
 
@@ -218,9 +224,12 @@ class PolicyLearner(RLLearner):
 
         logprobs, entropies = self.learner.engine(device_rows.ids, device_rows.positions, wanted.to(device),
                                                   self.sampling.temperature, a.entropy_coef > 0)
-        factor = of(factors)
+        factor, old = of(factors), of(data.old_logprobs)
+        if on_policy:
+            sums[6:] += [float(entropies.detach().sum()), float((logprobs.detach() - old).abs().sum())]
+            old = logprobs.detach()
         whole = of(np.repeat(np.arange(len(data.lengths)), data.lengths)) if self.kind.ratio == "response" else None
-        result = policy_loss(logprobs, of(data.old_logprobs), of(data.advantages), factor * of(data.weights), self.clip,
+        result = policy_loss(logprobs, old, of(data.advantages), factor * of(data.weights), self.clip,
                              denominator, whole)
         sums[:4] += [float(result.loss.detach()), float(result.clip_count), float(result.kl_k1_sum),
                      float(result.clamped_count)]
@@ -330,7 +339,8 @@ class _Loaded:
 
     @staticmethod
     def read(shard: ScoredShard) -> _Loaded:
-        rollout, ref, old = ray.get([shard.rollout, shard.ref_logprobs, shard.old_logprobs])
+        rollout, ref = ray.get([shard.rollout, shard.ref_logprobs])
+        old = rollout.sampled_logprobs if shard.old_logprobs is None else ray.get(shard.old_logprobs)
         values = np.zeros_like(old) if shard.values is None else ray.get(shard.values)
         scores = np.stack(ray.get(list(shard.scores)))
         mask, _ = pad(rollout.in_response, rollout.lengths)

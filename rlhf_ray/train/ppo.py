@@ -134,7 +134,7 @@ class PPOTrainer:
         with clock("rollout"):
             rollouts = self.workers.run(self.samples(step), self.version, self.fleet.wanted)
         with clock("score"):
-            entropy, mismatch = self.score(rollouts)
+            measured = self.score(rollouts)
         with clock("advantages"):
             batch = self.prepare(rollouts)
         self.saver.poll()
@@ -150,7 +150,7 @@ class PPOTrainer:
         self.saving.clear()
         clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
         values = {
-            **batch.numbers, **report, "entropy": entropy, "mismatch": mismatch, "kl_coef": self.kl_coef,
+            **batch.numbers, **measured, **report, "kl_coef": self.kl_coef,
             "weight_version": self.version, "generators": len(self.workers.generators),
             "empty": sum(i.empty for i in rollouts.infos),
             "repeated_ngrams": sum(i.repeated for i in rollouts.infos) / max(1, sum(i.ngrams for i in rollouts.infos)),
@@ -175,7 +175,14 @@ class PPOTrainer:
         prompts = np.repeat(self.prompts.take(r.batch_size // r.samples_per_prompt), r.samples_per_prompt)
         return [Sample(i, int(p), sample_seed(seed, step, i)) for i, p in enumerate(prompts)]
 
-    def score(self, rollouts: Rollouts) -> tuple[float, float]:
+    @property
+    def on_policy(self) -> bool:
+        """Whether the update computes the old log-probabilities itself: they are those of its only pass, and nothing
+        asks for them before."""
+        a, batch = self.cfg.algorithm, self.cfg.rollout.batch_size
+        return a.ppo_epochs == 1 and batch <= a.minibatch_size and a.kl_in == "loss" and a.importance_cap is None
+
+    def score(self, rollouts: Rollouts) -> dict[str, float]:
         """Old log-probabilities and values, while reward and reference finish. Returns mean entropy and mismatch.
 
         Everything that a reward source can raise is raised here, before anything has been updated.
@@ -184,17 +191,20 @@ class PPOTrainer:
         if not shards:
             raise UserError("every response of this iteration is empty: the policy ends before it begins; look at "
                             "data.template and at what sft was trained on")
-        policy = self.policy.start_each(PolicyLearner.score, [(s,) for s in _share(shards, len(self.policy))])
+        policy = [] if self.on_policy else self.policy.start_each(
+            PolicyLearner.score, [(s,) for s in _share(shards, len(self.policy))])
         critic = self.critic.start_each(CriticLearner.values, [(s,) for s in _share(shards, len(self.critic))]) \
             if self.critic else []
         scores = [ref for s in rollouts.shards for ref in s.scores]
         results = wait(policy + critic + scores, self.policy.timeout_s, "scoring")
-        old = _unshare([refs for refs, _ in results[: len(policy)]])
+        old = _unshare([refs for refs, _ in results[: len(policy)]]) if policy else [None] * len(shards)
         values = _unshare(results[len(policy) : len(policy) + len(critic)]) if self.critic else [None] * len(shards)
         rollouts.shards = [replace(s, old_logprobs=o, values=v)
                            for s, o, v in zip(rollouts.shards, old, values, strict=True)]
+        if not policy:
+            return {}
         tokens, entropy, gap = results[0][1]
-        return entropy / tokens, gap / tokens
+        return {"entropy": entropy / tokens, "mismatch": gap / tokens}
 
     def prepare(self, rollouts: Rollouts) -> Prepared:
         """Rewards, advantages, returns: references to train batches, and the batch's numbers."""
@@ -233,7 +243,8 @@ class PPOTrainer:
                     blocks = self.ptx.take(a.ptx_blocks)
                     for rank, rank_windows in enumerate(mine):
                         rank_windows[k] = replace(rank_windows[k], ptx=blocks[rank :: len(mine)])
-            policy = self.policy.start_each(PolicyLearner.update, [(batch.policy, w, self.kl_coef) for w in mine])
+            policy = self.policy.start_each(
+                PolicyLearner.update, [(batch.policy, w, self.kl_coef, self.on_policy) for w in mine])
         wait(critic + policy, self.policy.timeout_s, "update")
         reports: list[dict[str, float]] = [wait(refs[:1], self.policy.timeout_s, "update")[0]
                                            for refs in (critic, policy) if refs]

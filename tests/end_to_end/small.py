@@ -36,11 +36,13 @@ def ray_processes() -> set[int]:
 
 
 def ppo_run(
-    directory: Path, start: str, reward: str, algorithm: str, sources: list[str] | None = None, **change: int
+    directory: Path, start: str, reward: str, algorithm: str, sources: list[str] | None = None,
+    minibatch_size: int = 8, **change: int,
 ) -> list[dict[str, Any]]:
     """metrics.jsonl of a run of the ppo stage on made-up prompts. change: of cfg.roles, as ROLE_OPTION=value."""
     cfg = ppo_config(directory, start, algorithm)
     cfg.reward.sources = sources or cfg.reward.sources
+    cfg.algorithm.minibatch_size = minibatch_size
     for key, value in change.items():
         section, name = key.split("_", 1)
         setattr(getattr(cfg.roles, section), name, value)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from end_to_end.small import ITERATIONS, ppo_run
+from rlhf_ray.train.ppo import PPOTrainer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = ("score", "kl_per_sequence", "policy_loss", "value_loss", "ptx_loss", "kl_loss", "policy_grad_norm",
@@ -59,3 +60,14 @@ def test_the_same_seed_twice_is_the_same_run(ray_session, models, reward_model, 
         assert a == b
     weights = [(tmp_path / name / "ppo/model/model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_one_update_per_batch_needs_no_pass_for_the_old_logprobs(ray_session, models, reward_model, tmp_path,
+                                                                monkeypatch):
+    """They are those that the update computes anyway: the same run, with that pass and without it."""
+    runs = []
+    for name in ("without", "with"):
+        if name == "with":
+            monkeypatch.setattr(PPOTrainer, "on_policy", False)
+        runs.append(numbers(ppo_run(tmp_path / name, models[0], reward_model, "grpo", minibatch_size=16)))
+    assert_same(*runs)
