@@ -53,29 +53,42 @@ class Group:
         return len(self.actors)
 
     @property
+    def names(self) -> list[str]:
+        """As ROLE-RANK; whoever takes a lost one's place has the same."""
+        return [f"{self.role}-{i}" for i in range(len(self))]
+
+    @property
     def ids(self) -> set[str]:
         """Ray's ids of the actors, as `debtors` gives them."""
         return {actor._actor_id.hex() for actor in self.actors}
 
-    def start(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
-        """Call `method` (named as `Class.method`) on every actor with the same arguments; references come back."""
-        return [getattr(a, method.__name__).remote(*args, **kwargs) for a in self.actors]
+    def submit(self, i: int, method: Callable[..., Any], args: Sequence[Any], **options: Any) -> Any:
+        """Call `method` (named as `Class.method`) on actor i; a reference comes back.
+
+        The name of the task, `policy-0 update`, says who does what. It must not say in which iteration: Ray keeps a
+        metric for every name there ever was.
+        """
+        named = getattr(self.actors[i], method.__name__).options(name=f"{self.role}-{i} {method.__name__}", **options)
+        return named.remote(*args)
+
+    def start(self, method: Callable[..., Any], *args: Any, **options: Any) -> list[ray.ObjectRef]:
+        """Call `method` on every actor with the same arguments; options: of Ray's calls. References come back."""
+        return [self.submit(i, method, args, **options) for i in range(len(self))]
 
     def start_each(self, method: Callable[..., Any], per_actor: Sequence[Sequence[Any]]) -> list[ray.ObjectRef]:
         """Call `method` on every actor with arguments of its own."""
-        return [getattr(a, method.__name__).remote(*args) for a, args in zip(self.actors, per_actor, strict=True)]
+        return [self.submit(i, method, args) for i, args in zip(range(len(self)), per_actor, strict=True)]
 
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def call(self, method: Callable[..., Any], *args: Any) -> list[Any]:
         """`start`, then wait for all results."""
-        return wait(self.start(method, *args, **kwargs), self.timeout_s, f"{self.role}.{method.__name__}")
+        return wait(self.start(method, *args), self.timeout_s, f"{self.role}.{method.__name__}")
 
     def call_each(self, method: Callable[..., Any], per_actor: Sequence[Sequence[Any]]) -> list[Any]:
         return wait(self.start_each(method, per_actor), self.timeout_s, f"{self.role}.{method.__name__}")
 
     def ask(self, method: Callable[..., Any], *args: Any) -> Any:
         """Call `method` on the first actor alone and wait for the result."""
-        ref = getattr(self.actors[0], method.__name__).remote(*args)
-        return wait([ref], self.timeout_s, f"{self.role}.{method.__name__}")[0]
+        return wait([self.submit(0, method, args)], self.timeout_s, f"{self.role}.{method.__name__}")[0]
 
 
 class Overdue(TimeoutError):
@@ -253,7 +266,8 @@ class Cast:
         self._parts[member.role, i].takes += 1
         group.actors[i] = self._launch(member.role, i)
         if set_up:
-            self._setups.append(group.actors[i].setup.remote(*self._parts[member.role, i].args))
+            part = self._parts[member.role, i]
+            self._setups.append(group.submit(i, part.actor_class.setup, part.args))
 
     def revive(self, error: Exception) -> None:
         """Replace whoever is gone, and wait until they have come up. Raises `error` if nobody is."""
@@ -268,7 +282,7 @@ class Cast:
         """Call `setup` on all actors of a group, those that live too, with new arguments."""
         for i, args in enumerate(per_actor):
             self._parts[group.role, i].args = args
-            self._setups.append(group.actors[i].setup.remote(*args))
+            self._setups.append(group.submit(i, Role.setup, args))
 
     def args(self, group: Group) -> list[tuple[Any, ...]]:
         """What each actor of the group was last set up with."""

@@ -13,7 +13,7 @@ import psutil
 
 from rlhf_ray.config.schema import STAGES
 from rlhf_ray.metrics.files import Tail, object_of, text_of, time_of
-from rlhf_ray.metrics.recorder import FILE_NAME
+from rlhf_ray.metrics.recorder import METRICS
 from rlhf_ray.metrics.sparkline import number
 
 SUPERVISED = ("loss", "accuracy")
@@ -111,7 +111,7 @@ class RunFiles:
     def __init__(self, directory: Path):
         self.directory = directory
         of_ppo = ("iteration", *POLICY, "seconds", "memory_gib", "restarts")
-        self._metrics = {name: Tail(directory / name / FILE_NAME, of_ppo if name == "ppo" else ("step", *SUPERVISED))
+        self._metrics = {name: Tail(directory / name / METRICS, of_ppo if name == "ppo" else ("step", *SUPERVISED))
                          for name in STAGES}
         self._alarms = Tail(directory / "ppo/alarms.jsonl", Ring.__annotations__)
         self._configs: dict[Path, tuple[float, dict[str, Any]]] = {}  # with the time of the file, unix seconds
@@ -138,7 +138,7 @@ class RunFiles:
     def _stage(self, name: str, holder: Holder | None, now: float) -> Stage:
         directory, rows = self.directory / name, self._metrics[name].read()
         begun, taken, grew = (time_of(path) for path in (directory / "config.yaml", self.directory / ".lock",
-                                                        directory / FILE_NAME))
+                                                        directory / METRICS))
         post_mortems = sorted(directory.glob("post_mortem-*"))
         record = object_of(directory / "stage.json")
         if record is not None:

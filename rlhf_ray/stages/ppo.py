@@ -16,7 +16,7 @@ from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import render_prompt
 from rlhf_ray.metrics.progress import console
-from rlhf_ray.metrics.recorder import Recorder
+from rlhf_ray.metrics.recorder import METRICS, SAMPLES, Recorder
 from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.stages.pretrain import block_dataset
@@ -52,7 +52,7 @@ def run(cfg: Config) -> None:
         models = {"sft": paths.sft, **({"rm": paths.reward} if roles.MODEL in cfg.reward.sources else {})}
         checkpoints, checkpoint = resumed(cfg, record, models, p.iterations)
         directory, log = paths.stage("ppo"), cfg.logging
-        for old in ("PAUSED", *(() if checkpoint else ("metrics.jsonl", "alarms.jsonl"))):
+        for old in ("PAUSED", *(() if checkpoint else (METRICS, SAMPLES, "alarms.jsonl"))):
             (directory / old).unlink(missing_ok=True)
         with session(cfg), Cast(layout, cfg.cluster, directory) as cast:
             ptx = stream = None
