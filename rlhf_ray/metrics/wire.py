@@ -61,7 +61,8 @@ def thinned(values: Sequence[float | None], points: int) -> Series:
     if finite:
         low, high = min(finite), max(finite)
         i, j = (bisect_right(starts, k) - 1 for _, k in (low, high))
-        j = j if i != j else i - 1 if i else 1  # both have room
+        if i == j and low != high:
+            j = i - 1 if i else 1  # there is room for both
         means[i], means[j] = low[0], high[0]
     return [*means, values[-1]]
 

@@ -58,5 +58,7 @@ def test_the_same_seed_twice_is_the_same_run(ray_session, models, reward_model, 
         for clocked in CLOCKED:
             a.pop(clocked), b.pop(clocked)
         assert a == b
+    samples = [(tmp_path / name / "ppo/samples.jsonl").read_bytes() for name in "ab"]
+    assert samples[0] == samples[1] and samples[0].count(b"\n") == 3 * ITERATIONS
     weights = [(tmp_path / name / "ppo/model/model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
