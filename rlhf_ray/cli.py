@@ -113,6 +113,10 @@ def _command(argv: list[str]) -> int:
 
         for name in stages_of(cfg, stage):
             check_paths(cfg.data, name)
+    if cfg.logging.wandb == "online" and {"ppo", "eval"} & set(stages_of(cfg, stage)):
+        from rlhf_ray.metrics.wandb_run import check_online
+
+        check_online()
     signal.signal(signal.SIGTERM, _terminate)
     importlib.import_module(f"rlhf_ray.stages.{stage}").run(cfg)
     return 0

@@ -6,7 +6,6 @@ A few of its responses go to samples.jsonl, and to wandb.
 import json
 import math
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Self
 from rlhf_ray.core.types import SampleText
 from rlhf_ray.metrics.gauges import Gauges
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.metrics.wandb_run import WandbRun
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # (key, label on the console, format)
@@ -60,8 +60,8 @@ class Recorder:
     """Appends to `<run_dir>/metrics.jsonl` and `samples.jsonl`, prints, sets Ray's gauges, and forwards to wandb.
 
     run_dir: `<output_dir>/<stage>`; the gauges' label `run` is the name of the output_dir.
-    wandb_mode: disabled, offline or online; wandb is imported only where it is not disabled. config: the
-    run's configuration, which wandb keeps; its `ppo.iterations` is the total on the console line.
+    wandb_mode: disabled, offline or online. config: the run's configuration, which wandb keeps; its `ppo.iterations`
+    is the total on the console line.
     """
 
     def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
@@ -69,16 +69,10 @@ class Recorder:
         self._total: int | None = (config.get("ppo") or {}).get("iterations")
         self._files = {name: _Lines(run_dir / name) for name in (METRICS, SAMPLES)}
         self._gauges = Gauges(run_dir.resolve().parent.name)
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         if wandb_mode != "disabled":
-            import wandb
-
-            mode: Any = wandb_mode  # wandb's type is a literal; the configuration allows only those
-            name = run_dir / "wandb_id"  # a stage that goes on is the same run there
-            if not (name.exists() and self._files[METRICS].position):
-                name.write_text(uuid.uuid4().hex[:8])
-            self._wandb = wandb.init(project=project, mode=mode, dir=str(run_dir), config=config,
-                                     id=name.read_text(), resume="allow")
+            goes_on = self._files[METRICS].position > 0  # a stage that goes on is the same run there
+            self._wandb = WandbRun(run_dir, wandb_mode, project, config, goes_on, self._total)
 
     def log(self, iteration: int, values: Mapping[str, Any], samples: Sequence[SampleText] = ()) -> None:
         """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase."""
@@ -87,7 +81,12 @@ class Recorder:
         console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
         self._gauges.set({"running": 1, "iteration": iteration, **values})
         if self._wandb is not None:
-            self._wandb.log(values, step=iteration)
+            self._wandb.log(iteration, values, samples)
+
+    def log_model(self, directory: Path) -> None:
+        """The model that was made, for wandb."""
+        if self._wandb is not None:
+            self._wandb.model(directory)
 
     @property
     def positions(self) -> dict[str, int]:
@@ -105,7 +104,7 @@ class Recorder:
             file.close()
         self._gauges.set({"running": 0})
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
             self._wandb = None
 
     def __enter__(self) -> Self:

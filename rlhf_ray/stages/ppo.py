@@ -82,7 +82,9 @@ def run(cfg: Config) -> None:
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,
                                      recorder, watch, cast, checkpoints)
                 trainer.run(checkpoint)
-            save()
+                save()
+                if log.wandb_model:
+                    recorder.log_model(paths.policy)
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,
                        algorithm=cfg.algorithm.name, actors=actors, data=task_data.fingerprint(),
                        restarts=dict(trainer.recovery.restarts))

@@ -142,18 +142,18 @@ def test_a_job_is_watched_from_elsewhere(head, models, reward_model, files, tmp_
 
     # The timeline: every phase of every iteration, and who worked in it.
     events = json.loads(head.run(sys.executable, "-c", TIMELINE, head.gcs).stdout)
-    boxes = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "rlhf"}
+    boxes = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in events if e["cat"] == "rlhf"}
     phases = ("rollout", "score", "advantages", "update", "weight_sync", "checkpoint")
     assert set(boxes) == {f"iteration {k}: {phase}" for k in range(1, ITERATIONS + 1) for phase in phases}
-    work = {e["cat"].removeprefix("task::"): (e["ts"], e["ts"] + e["dur"]) for e in events
-            if e.get("cat", "").startswith("task::")}  # the last of each name
+    work = {e["cat"].removeprefix("task::"): (e["ts"], e["ts"] + e["dur"])
+            for e in sorted(events, key=lambda e: e.get("ts", 0)) if e["cat"].startswith("task::")}  # the last of each
     assert {"generator-0 rollout", "reward-0 scores", "reference-0 logprobs", "policy-0 score", "policy-0 prepare",
             "critic-0 values", "policy-0 update", "critic-0 update", "policy-0 push", "reward-0 samples"} <= set(work)
     for task, phase in (("generator-0 rollout", "rollout"), ("policy-0 update", "update"),
                         ("policy-0 push", "weight_sync")):
         (begins, ends), inside = boxes[f"iteration {ITERATIONS}: {phase}"], work[task]
         assert begins <= inside[0] and inside[1] <= ends
-    actors = [e["cat"] for e in events if e.get("name") == "__init__"]
+    actors = [e["cat"] for e in events if e["name"] == "__init__"]
     assert any(re.fullmatch(r"task::policy-0\.\d+:PolicyLearner\.__init__", name) for name in actors)
 
     # Mistakes.
