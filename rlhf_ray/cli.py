@@ -28,7 +28,7 @@ STAGES = {
     "pipeline": "all stages of the recipe in order, skipping what is done and unchanged",
     "export": "write a stage's model, or a checkpoint of ppo, as a Hugging Face directory with a model card",
     "scale": "more or fewer generators for a ppo stage that is under way",
-    "watch": "a live view of a run in the terminal, from its files alone; changes nothing",
+    "watch": "a live view of a run in the terminal: `watch RUN`, its output_dir, or `watch job:SUBMISSION_ID`",
     "doctor": "what this machine has and lacks, and what to do about it",
 }
 EXAMPLES = """\
@@ -74,6 +74,7 @@ def _command(argv: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
+    parser.add_argument("--address", metavar="URL")
     parser.add_argument("--config-dir", action="append", default=[], metavar="DIR")
     args, rest = parser.parse_known_args(argv)  # so that options may stand before, between or after the overrides
     options = [word for word in rest if word.startswith("-")]
@@ -92,7 +93,17 @@ def _command(argv: list[str]) -> int:
     if args.help or stage is None:
         print(_help(stage), file=sys.stdout if args.help else sys.stderr)
         return 0 if args.help else 2
+    watched = overrides.pop(0) if stage == "watch" and overrides and "=" not in overrides[0] else None
+    if watched and watched.startswith("job:"):
+        from rlhf_ray.stages.watch import run_job
+
+        run_job(watched.removeprefix("job:"), args.address)
+        return 0
+    if args.address:
+        raise UserError("--address goes with `rlhf-ray watch job:SUBMISSION_ID`; a run joins a cluster by "
+                        "cluster.address")
     cfg = compose(overrides, args.config_dir)
+    cfg.output_dir = watched or cfg.output_dir
     if args.cfg:
         print(to_yaml(cfg), end="")
         return 0
@@ -103,6 +114,10 @@ def _command(argv: list[str]) -> int:
 
         for name in stages_of(cfg, stage):
             check_paths(cfg.data, name)
+    if cfg.logging.wandb == "online" and {"ppo", "eval"} & set(stages_of(cfg, stage)):
+        from rlhf_ray.metrics.wandb_run import check_online
+
+        check_online()
     signal.signal(signal.SIGTERM, _terminate)
     importlib.import_module(f"rlhf_ray.stages.{stage}").run(cfg)
     return 0
@@ -125,6 +140,7 @@ def _help(stage: str | None) -> str:
         lines.append(f"  {file.stem:<12} {file.read_text(encoding='utf-8').splitlines()[1].lstrip('# ')}")
     lines += ["", "options:",
               "  --cfg job         print the composed configuration as YAML and stop",
+              "  --address URL     watch job:ID: the cluster's dashboard (default: RAY_ADDRESS, http://127.0.0.1:8265)",
               "  --config-dir DIR  more group options of your own: DIR/experiment/NAME.yaml; may be repeated",
               "  --version         print the version and stop",
               "  -h, --help        with a stage: about that stage", "", EXAMPLES]

@@ -20,13 +20,17 @@ PANELS = {
     "Clipped": ["clip_fraction", "value_clip_fraction"],
     "Gradient norms": ["policy_grad_norm", "critic_grad_norm"],
     "Trainer against engine": ["mismatch"],
-    "Tokens per second": ["tokens_per_second"],
+    "Tokens per second of the run": ["tokens_per_second"],
+    "Tokens per second of each role": ["role_tokens_per_second"],
+    "Calls waiting after the rollout": ["waiting_calls"],
     "Seconds of each phase": ["seconds"],
     "Seconds of reward sources": ["reward_seconds"],
     "Retried reward calls": ["reward_retries"],
     "Memory": ["memory_gib"],
     "Replaced actors": ["restarts"],
     "Iteration and weights": ["iteration", "weight_version"],
+    "Weights of each engine": ["weight_versions"],
+    "Weights behind": ["staleness"],
 }
 WIDTH, HEIGHT = 8, 7  # of Grafana's 24 columns; in its rows
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}

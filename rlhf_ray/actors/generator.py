@@ -119,7 +119,7 @@ class Generator(Role):
         yield RolloutInfo(
             positions=batch.positions, lengths=lengths, response_tokens=int(sum(len(r.ids) for r in kept)),
             truncated=int(batch.truncated.sum()), empty=empty, repeated=int(repeated), ngrams=int(ngrams),
-            seconds=seconds,
+            seconds=seconds, version=batch.version,
         )
 
     # -- weight sync: called by the policy's rank 0 -------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from rlhf_ray.cluster.role import Role
+from rlhf_ray.actors.reader import Reader
 from rlhf_ray.config.reward_sources import check_source
 from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.core.types import PromptTexts, RolloutBatch
@@ -38,7 +38,7 @@ class _Failed(Exception):
         self.remedy, self.again = remedy, again
 
 
-class _External(Role):
+class _External(Reader):
     """Calls `_answer` with a deadline and retries, and believes nothing of what it says."""
 
     bad_answer_again: bool  # whether an answer that makes no sense is worth another attempt

@@ -1,10 +1,13 @@
 """The roles that read rollouts and give numbers: reward model, reference model, judge."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
+from rlhf_ray.actors.reader import Reader
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import ModelConfig, ScorerConfig
 from rlhf_ray.core.ragged import PackedRows, pack
@@ -18,21 +21,32 @@ class _Scorer(Role):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(cfg.threads)
+        self._seconds = 0.0
         self.row_length, self.one_row = model.max_length, one_row(model)
         self.micro_batch_tokens = cfg.micro_batch_tokens
+
+    def stats(self) -> dict[str, float]:
+        """Since the last call of stats: retries (there are none) and seconds of work on rollouts."""
+        seconds, self._seconds = self._seconds, 0.0
+        return {"retries": 0.0, "seconds": seconds}
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds += time.monotonic() - started
 
     def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
         return pack(ids, lengths, self.row_length, self.micro_batch_tokens, self.one_row)
 
 
-class RewardModel(_Scorer):
+class RewardModel(_Scorer, Reader):
     """Scores whole responses; the shift stored with the model is already taken off."""
 
     def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
         self._use(model, cfg)
         self.module = ScalarModel(load_scalar_model(path, model), score_shift(path)).to(self.device).eval()
-        self.eos = load_tokenizer(path).eos_token_id
-        self._seconds = 0.0
+        self.tokenizer = load_tokenizer(path)
 
     def scores(self, rollout: RolloutBatch) -> np.ndarray:
         """float32 [N]: the head's output after the last token of each rollout.
@@ -40,19 +54,12 @@ class RewardModel(_Scorer):
         A truncated response is read as if it ended there: every response of the reward model's training had an end,
         and a last token of another kind would be a place where it never learnt to judge.
         """
-        started = time.monotonic()
-        scores = self.scores_of(rollout.ids, rollout.lengths, rollout.truncated)
-        self._seconds += time.monotonic() - started
-        return scores
-
-    def stats(self) -> dict[str, float]:
-        """Since the last call of stats: retries (there are none) and seconds of work."""
-        seconds, self._seconds = self._seconds, 0.0
-        return {"retries": 0.0, "seconds": seconds}
+        with self._timed():
+            return self.scores_of(rollout.ids, rollout.lengths, rollout.truncated)
 
     @torch.no_grad()
     def scores_of(self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray) -> np.ndarray:
-        ids = np.insert(ids, np.cumsum(lengths)[truncated], self.eos)
+        ids = np.insert(ids, np.cumsum(lengths)[truncated], self.tokenizer.eos_token_id)
         lengths = lengths + truncated
         outputs = np.empty(len(ids), dtype=np.float32)
         for rows in self._pack(ids, lengths):
@@ -78,7 +85,8 @@ class ReferenceModel(_Scorer):
 
     def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
         """float32 [T]: log p of every response token, 0 on prompt tokens."""
-        return self.logprobs_of(rollout.ids, rollout.lengths, rollout.in_response, temperature)
+        with self._timed():
+            return self.logprobs_of(rollout.ids, rollout.lengths, rollout.in_response, temperature)
 
     @torch.no_grad()
     def logprobs_of(

@@ -51,34 +51,48 @@ class Group:
     role: str
     actors: list[Any]
     timeout_s: float
+    numbers: Sequence[int] = ()  # of the actors; without, 0, 1, 2, ...
 
     def __len__(self) -> int:
         return len(self.actors)
+
+    @property
+    def names(self) -> list[str]:
+        """As ROLE-NUMBER; whoever takes a lost one's place has the same."""
+        return [f"{self.role}-{i}" for i in self.numbers or range(len(self))]
 
     @property
     def ids(self) -> set[str]:
         """Ray's ids of the actors, as `debtors` gives them."""
         return {actor._actor_id.hex() for actor in self.actors}
 
-    def start(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[ray.ObjectRef]:
-        """Call `method` (named as `Class.method`) on every actor with the same arguments; references come back."""
-        return [getattr(a, method.__name__).remote(*args, **kwargs) for a in self.actors]
+    def submit(self, i: int, method: Callable[..., Any], args: Sequence[Any], **options: Any) -> Any:
+        """Call `method` (named as `Class.method`) on actor i; a reference comes back.
+
+        The name of the task, `policy-0 update`, says who does what. It must not say in which iteration: Ray keeps a
+        metric for every name there ever was.
+        """
+        named = getattr(self.actors[i], method.__name__).options(name=f"{self.names[i]} {method.__name__}", **options)
+        return named.remote(*args)
+
+    def start(self, method: Callable[..., Any], *args: Any, **options: Any) -> list[ray.ObjectRef]:
+        """Call `method` on every actor with the same arguments; options: of Ray's calls. References come back."""
+        return [self.submit(i, method, args, **options) for i in range(len(self))]
 
     def start_each(self, method: Callable[..., Any], per_actor: Sequence[Sequence[Any]]) -> list[ray.ObjectRef]:
         """Call `method` on every actor with arguments of its own."""
-        return [getattr(a, method.__name__).remote(*args) for a, args in zip(self.actors, per_actor, strict=True)]
+        return [self.submit(i, method, args) for i, args in zip(range(len(self)), per_actor, strict=True)]
 
-    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    def call(self, method: Callable[..., Any], *args: Any) -> list[Any]:
         """`start`, then wait for all results."""
-        return wait(self.start(method, *args, **kwargs), self.timeout_s, f"{self.role}.{method.__name__}")
+        return wait(self.start(method, *args), self.timeout_s, f"{self.role}.{method.__name__}")
 
     def call_each(self, method: Callable[..., Any], per_actor: Sequence[Sequence[Any]]) -> list[Any]:
         return wait(self.start_each(method, per_actor), self.timeout_s, f"{self.role}.{method.__name__}")
 
     def ask(self, method: Callable[..., Any], *args: Any) -> Any:
         """Call `method` on the first actor alone and wait for the result."""
-        ref = getattr(self.actors[0], method.__name__).remote(*args)
-        return wait([ref], self.timeout_s, f"{self.role}.{method.__name__}")[0]
+        return wait([self.submit(0, method, args)], self.timeout_s, f"{self.role}.{method.__name__}")[0]
 
 
 class Overdue(TimeoutError):
@@ -278,9 +292,9 @@ class Cast:
         self.health.forget(member.name)
         ray.kill(self._actors[seat])
         self._parts[seat].takes += 1
-        actor = self._launch(*seat)
+        self._launch(*seat)
         if set_up:
-            setup = actor.setup.remote(*self._parts[seat].args)
+            setup = self._set_up(*seat)
             if seat in self._coming or (member.role in self._elastic and len(self.group(member.role)) > 1):
                 self._coming[seat] = _Coming(setup)
             else:
@@ -300,7 +314,7 @@ class Cast:
         """Call `setup` on all actors of a group, those that live too, with new arguments."""
         for i, args in enumerate(per_actor):
             self._parts[group.role, i].args = args
-            self._setups.append(self._actors[group.role, i].setup.remote(*args))
+            self._setups.append(self._set_up(group.role, i))
 
     def args(self, group: Group) -> list[tuple[Any, ...]]:
         """What each actor of the group was last set up with."""
@@ -325,7 +339,8 @@ class Cast:
         self._parts[seat] = _Part(first.actor_class, first.args, first.threads, old.takes + 1 if old else 0)
         if seat not in self.layout.assignment:
             self._parts[seat].placement = placement_group([_resources(self.layout.shares[role, 0])])
-        self._coming[seat] = _Coming(self._launch(role, i).setup.remote(*first.args))
+        self._launch(role, i)
+        self._coming[seat] = _Coming(self._set_up(role, i))
 
     def enlist(self, role: str) -> list[int]:
         """Those who have come up: they are in their group from here on. Waits for nobody."""
@@ -366,12 +381,17 @@ class Cast:
         self._muster(role)
 
     def _muster(self, role: str) -> None:
-        self.group(role).actors[:] = [self._actors[seat] for seat in sorted(self._actors)
-                                      if seat[0] == role and seat not in self._coming]
+        group = self.group(role)
+        group.numbers = [i for r, i in sorted(self._actors) if r == role and (r, i) not in self._coming]
+        group.actors[:] = [self._actors[role, i] for i in group.numbers]
 
     def _name(self, role: str, i: int) -> str:
         takes = self._parts[role, i].takes
         return f"{role}-{i}.{self._number}" + (f".{takes}" if takes else "")
+
+    def _set_up(self, role: str, i: int) -> ray.ObjectRef:
+        setup = self._actors[role, i].setup.options(name=f"{role}-{i} setup")
+        return setup.remote(*self._parts[role, i].args)
 
     def _launch(self, role: str, i: int) -> Any:
         part, name = self._parts[role, i], self._name(role, i)

@@ -5,9 +5,11 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
+from rlhf_ray.cluster.job import told
 from rlhf_ray.config.schema import ClusterConfig, Config
 from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
@@ -38,7 +40,8 @@ def session(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _connect(cfg.cluster, cfg)
     try:
-        yield
+        with told(Path(cfg.output_dir).absolute()):
+            yield
     finally:
         ray.shutdown()
 

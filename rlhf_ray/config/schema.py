@@ -336,8 +336,10 @@ class CheckpointConfig:
 
 @dataclass
 class LoggingConfig:
-    wandb: str = opt("disabled", "wandb mode", choices=("disabled", "offline", "online"))
+    wandb: str = opt("offline", "`offline`: into the run's directory, to be sent by `wandb sync`; `online`: to the "
+                     "server at once", choices=("disabled", "offline", "online"))
     wandb_project: str = opt("rlhf_ray", "wandb project")
+    wandb_model: bool = opt(True, "log the final policy as an artifact; online that sends it")
 
 
 @dataclass

@@ -104,7 +104,7 @@ class RolloutInfo:
 
     positions int64 [N]: places of its rollouts in the whole batch; lengths int32 [N] tokens, prompt + response;
     response_tokens; truncated and empty rollouts (the empty ones are dropped); repeated of all `ngrams` 3-grams of
-    token ids occurred before in the same response; seconds since the shard before.
+    token ids occurred before in the same response; seconds since the shard before; version: the policy weights used.
     """
 
     positions: np.ndarray
@@ -115,6 +115,7 @@ class RolloutInfo:
     repeated: int
     ngrams: int
     seconds: float
+    version: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,19 @@ class PromptTexts:
 
     texts: tuple[str, ...]
     metadata: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """A response for people to read. position: its place in the batch; tokens of the response; truncated: stopped by
+    the length limit; score: the weighted sum of all reward sources."""
+
+    position: int
+    prompt: str
+    response: str
+    tokens: int
+    truncated: bool
+    score: float
 
 
 def _behind(prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -13,10 +13,11 @@ class Tail:
 
     Only what was appended is read. A file that was cut or written anew, as by a run that went back to a checkpoint, is
     read again from the start. A last line without its end is left for the next time; one that is no JSON is left out.
+    Only the newest `last` rows are kept (None: all).
     """
 
-    def __init__(self, path: Path, keys: Collection[str]):
-        self.path, self.keys = path, frozenset(keys)
+    def __init__(self, path: Path, keys: Collection[str], last: int | None = None):
+        self.path, self.keys, self.last = path, frozenset(keys), last
         self.rows: list[dict[str, Any]] = []
         self._position, self._last = 0, b""  # end of what was read, in bytes; the last line before it
 
@@ -46,6 +47,8 @@ class Tail:
                 continue
             if isinstance(row, dict):
                 self.rows.append({key: value for key, value in row.items() if key in self.keys})
+        if self.last is not None:
+            del self.rows[: -self.last]
         if whole:
             self._position += len(whole)
             self._last = whole[whole[:-1].rfind(b"\n") + 1 :]

@@ -23,7 +23,7 @@ UNITS = {
     "ratio": "percentunit",  # a share, 0 to 1 unless said otherwise
     "times": "none",
     "tokens": "none", "tokens_per_second": "none", "steps": "none", "responses": "none", "calls": "none",
-    "actors": "none", "stages": "none", "number": "none",
+    "actors": "none", "stages": "none", "versions": "none", "number": "none",
     "seconds": "s", "gib": "gbytes",
 }
 
@@ -69,6 +69,10 @@ TABLE = {m.key: m for m in (
     Measure("repeated_ngrams", "rlhf_generator_repeated_ratio", "Share of 3-grams seen before in their response."),
     Measure("mismatch", "rlhf_generator_mismatch_nats_per_token", "Mean |trainer - engine| log-probability."),
     Measure("weight_version", "rlhf_generator_weights_number", "Version of the weights that all generators hold."),
+    Measure("weight_versions", "rlhf_generator_engine_weights_number", "Version of the weights that an engine holds.",
+            ("role", "rank")),
+    Measure("staleness", "rlhf_generator_behind_versions", "Versions between the weights that sampled an iteration's "
+            "oldest responses and those that learnt from them."),
     Measure("importance_ess", "rlhf_policy_importance_effective_ratio", "Effective sample size of the importance "
             "weights, as a share."),
     Measure("importance_clip_fraction", "rlhf_policy_importance_capped_ratio", "Share of importance weights capped."),
@@ -103,6 +107,10 @@ TABLE = {m.key: m for m in (
     Measure("running", "rlhf_trainer_running_stages", "1 while the stage runs, 0 after it; not in metrics.jsonl."),
     Measure("tokens_per_second", "rlhf_trainer_response_tokens_per_second", "Response tokens over the time of the "
             "whole iteration."),
+    Measure("role_tokens_per_second", "rlhf_actor_tokens_per_second", "Tokens over the time that a role works, all its "
+            "actors together: sampled ones of generators, else those of prompts and responses.", ("role",)),
+    Measure("waiting_calls", "rlhf_actor_waiting_calls", "Calls of a role not yet answered when the last response was "
+            "sampled.", ("role",)),
     Measure("seconds", "rlhf_trainer_phase_seconds", "Time of each phase of an iteration.", ("phase",)),
     Measure("generators", "rlhf_generator_working_actors", "Generators that share the work."),
     Measure("restarts", "rlhf_trainer_restarted_actors", "Actors replaced since this driver began."),

@@ -13,11 +13,12 @@ import psutil
 
 from rlhf_ray.config.schema import STAGES
 from rlhf_ray.metrics.files import Tail, object_of, text_of, time_of
-from rlhf_ray.metrics.recorder import FILE_NAME
+from rlhf_ray.metrics.recorder import METRICS, SAMPLES
 from rlhf_ray.metrics.sparkline import number
 
 SUPERVISED = ("loss", "accuracy")
 POLICY = ("score", "judge_score", "kl_per_sequence", "entropy", "response_length", "mismatch")
+SHOWN = 3  # alarms, and samples, of the newest
 RECENT = 10  # iterations whose times say how long the next ones take
 _SKEW_S = 60.0  # by how much the clocks of a host and of a file server may differ
 
@@ -66,6 +67,17 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A line of samples.jsonl: a response, its score, its length in tokens."""
+
+    iteration: int
+    prompt: str
+    response: str
+    score: float | None
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Stage:
     """state: done; running; failed (a post-mortem says why); killed (it could not even say so); stopped (interrupted,
     or an error of one line); waiting. seconds: it took, or has been running for. step: how many are done. age_s:
@@ -85,7 +97,8 @@ class Stage:
 @dataclass(frozen=True)
 class Policy:
     """What only ppo has. step_s: median seconds of the last iterations; eta_s: seconds that are left at that pace, None
-    unless it is running. phases: mean seconds of each over the last iterations. paused: why, None if it is not."""
+    unless it is running. phases: mean seconds of each over the last iterations. rang: how many alarms; alarms, samples:
+    the newest, oldest first. paused: why, None if it is not."""
 
     total: int | None
     step_s: float | None
@@ -93,16 +106,21 @@ class Policy:
     phases: Mapping[str, float]
     memory: Sequence[Actor]
     restarts: int | None
+    rang: int
     alarms: Sequence[Ring]
+    samples: Sequence[Sample]
     paused: str | None
 
 
 @dataclass(frozen=True)
 class Overview:
+    """heard: how it came here, if not from files that are being read now."""
+
     directory: Path
     holder: Holder | None
     stages: Sequence[Stage]
     policy: Policy | None  # None before ppo has begun
+    heard: str = ""
 
 
 class RunFiles:
@@ -111,9 +129,10 @@ class RunFiles:
     def __init__(self, directory: Path):
         self.directory = directory
         of_ppo = ("iteration", *POLICY, "seconds", "memory_gib", "restarts")
-        self._metrics = {name: Tail(directory / name / FILE_NAME, of_ppo if name == "ppo" else ("step", *SUPERVISED))
+        self._metrics = {name: Tail(directory / name / METRICS, of_ppo if name == "ppo" else ("step", *SUPERVISED))
                          for name in STAGES}
         self._alarms = Tail(directory / "ppo/alarms.jsonl", Ring.__annotations__)
+        self._samples = Tail(directory / "ppo" / SAMPLES, Sample.__annotations__, SHOWN)
         self._configs: dict[Path, tuple[float, dict[str, Any]]] = {}  # with the time of the file, unix seconds
 
     def exist(self) -> bool:
@@ -123,7 +142,7 @@ class RunFiles:
 
     def sizes(self) -> list[int]:
         """Of the files that grow, bytes."""
-        return [tail.size() for tail in (*self._metrics.values(), self._alarms)]
+        return [tail.size() for tail in (*self._metrics.values(), self._alarms, self._samples)]
 
     def read(self, now: float) -> Overview:
         """now: unix seconds."""
@@ -138,7 +157,7 @@ class RunFiles:
     def _stage(self, name: str, holder: Holder | None, now: float) -> Stage:
         directory, rows = self.directory / name, self._metrics[name].read()
         begun, taken, grew = (time_of(path) for path in (directory / "config.yaml", self.directory / ".lock",
-                                                        directory / FILE_NAME))
+                                                        directory / METRICS))
         post_mortems = sorted(directory.glob("post_mortem-*"))
         record = object_of(directory / "stage.json")
         if record is not None:
@@ -166,12 +185,14 @@ class RunFiles:
         warm = (config.get("alarms") or {}).get("warmup_iterations", 0)
         times = [row.get("seconds") or {} for row in rows[-RECENT:]]
         step_s, eta_s = pace([sum(t.values()) for t in times if t], (total or 0) - stage.step)
-        flag = directory / "PAUSED"
+        flag, alarms = directory / "PAUSED", self._alarms.read()
+        samples = [row for row in self._samples.read() if set(row) == set(Sample.__annotations__)]
         return Policy(
             total, step_s, eta_s if stage.state == "running" and total else None,
             {name: fmean(t.get(name, 0.0) for t in times) for name in dict.fromkeys(n for t in times for n in t)},
             memory_of([row.get("memory_gib") or {} for row in rows], warm), rows[-1].get("restarts") if rows else None,
-            [Ring(**{key: row.get(key, "") for key in Ring.__annotations__}) for row in self._alarms.read()],
+            len(alarms), [Ring(**{key: row.get(key, "") for key in Ring.__annotations__}) for row in alarms[-SHOWN:]],
+            [Sample(**row) for row in samples if row["iteration"] == samples[-1]["iteration"]],
             ": ".join(text_of(flag).strip().splitlines()) if flag.exists() else None,
         )
 

@@ -1,18 +1,23 @@
-"""Where the numbers of a PPO iteration go: metrics.jsonl, the console, Ray's metrics, and wandb if asked for."""
+"""Where the numbers of a PPO iteration go: metrics.jsonl, the console, Ray's metrics, and wandb if asked for.
+
+A few of its responses go to samples.jsonl, and to wandb.
+"""
 
 import json
 import math
 import os
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rlhf_ray.core.types import SampleText
 from rlhf_ray.metrics.gauges import Gauges
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.metrics.wandb_run import WandbRun
 
-FILE_NAME = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # (key, label on the console, format)
 _SHOWN = (
     ("score", "score", ".2f"),
@@ -24,61 +29,82 @@ _SHOWN = (
 )
 
 
-class Recorder:
-    """Appends to `<run_dir>/metrics.jsonl`, prints, sets Ray's gauges, and forwards to wandb.
+class _Lines:
+    """A file of JSON lines that can go back to where it was."""
 
-    run_dir: `<output_dir>/<stage>`; the gauges' label `run` is the name of the output_dir.
-    wandb_mode: disabled, offline or online; wandb is imported only where it is not disabled. config: the
-    run's configuration, which wandb keeps; its `ppo.iterations` is the total on the console line.
-    """
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
 
-    def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._total: int | None = (config.get("ppo") or {}).get("iterations")
-        self._file = (run_dir / FILE_NAME).open("a", encoding="utf-8")
-        self._gauges = Gauges(run_dir.resolve().parent.name)
-        self._wandb: Any = None
-        if wandb_mode != "disabled":
-            import wandb
-
-            mode: Any = wandb_mode  # wandb's type is a literal; the configuration allows only those
-            name = run_dir / "wandb_id"  # a stage that goes on is the same run there
-            if not (name.exists() and self._file.tell()):
-                name.write_text(uuid.uuid4().hex[:8])
-            self._wandb = wandb.init(project=project, mode=mode, dir=str(run_dir), config=config,
-                                     id=name.read_text(), resume="allow")
-
-    def log(self, iteration: int, values: dict[str, Any]) -> None:
-        """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase.
-
-        The line is on disk when this returns. JSON has no NaN or infinity: they are written as null.
-        """
-        self._file.write(json.dumps(_plain({"iteration": iteration, **values}), allow_nan=False) + "\n")
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """They are with the operating system when this returns. JSON has no NaN or infinity: these become null."""
+        self._file.writelines(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
         self._file.flush()
-        console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
-        self._gauges.set({"running": 1, "iteration": iteration, **values})
-        if self._wandb is not None:
-            self._wandb.log(values, step=iteration)
 
     @property
     def position(self) -> int:
-        """Length of the file, bytes; what was recorded so far is on the disk when this returns."""
-        self._file.flush()
+        """Length of the file, bytes; it is on the disk when this returns."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def rewind(self, position: int) -> None:
-        """Forget everything after `position`: a resumed run records it again."""
+        """Forget everything after `position`."""
         position = min(position, self.position)  # a file that lost lines must not be filled up with zeros
         self._file.truncate(position)
         self._file.seek(position)
 
     def close(self) -> None:
-        """Close the file and finish the wandb run; a second call does nothing."""
         self._file.close()
+
+
+class Recorder:
+    """Appends to `<run_dir>/metrics.jsonl` and `samples.jsonl`, prints, sets Ray's gauges, and forwards to wandb.
+
+    run_dir: `<output_dir>/<stage>`; the gauges' label `run` is the name of the output_dir.
+    wandb_mode: disabled, offline or online. config: the run's configuration, which wandb keeps; its `ppo.iterations`
+    is the total on the console line.
+    """
+
+    def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._total: int | None = (config.get("ppo") or {}).get("iterations")
+        self._files = {name: _Lines(run_dir / name) for name in (METRICS, SAMPLES)}
+        self._gauges = Gauges(run_dir.resolve().parent.name)
+        self._wandb: WandbRun | None = None
+        if wandb_mode != "disabled":
+            goes_on = self._files[METRICS].position > 0  # a stage that goes on is the same run there
+            self._wandb = WandbRun(run_dir, wandb_mode, project, config, goes_on, self._total)
+
+    def log(self, iteration: int, values: Mapping[str, Any], samples: Sequence[SampleText] = ()) -> None:
+        """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase."""
+        self._files[METRICS].add([{"iteration": iteration, **values}])
+        self._files[SAMPLES].add([{"iteration": iteration, **asdict(sample)} for sample in samples])
+        console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
+        self._gauges.set({"running": 1, "iteration": iteration, **values})
+        if self._wandb is not None:
+            self._wandb.log(iteration, values, samples)
+
+    def log_model(self, directory: Path) -> None:
+        """The model that was made, for wandb."""
+        if self._wandb is not None:
+            self._wandb.model(directory)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Length of each file, bytes; what was recorded so far is on the disk when this returns."""
+        return {name: file.position for name, file in self._files.items()}
+
+    def rewind(self, positions: Mapping[str, int]) -> None:
+        """Forget everything after `positions`: a resumed run records it again."""
+        for name, file in self._files.items():
+            file.rewind(positions[name])
+
+    def close(self) -> None:
+        """Close the files and finish the wandb run; a second call does nothing."""
+        for file in self._files.values():
+            file.close()
         self._gauges.set({"running": 0})
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()
             self._wandb = None
 
     def __enter__(self) -> Self:
@@ -106,7 +132,7 @@ def console_line(iteration: int, total: int | None, values: Mapping[str, Any]) -
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of `<run_dir>/metrics.jsonl`, oldest first; empty where there is none."""
-    path = run_dir / FILE_NAME
+    path = run_dir / METRICS
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

@@ -17,7 +17,7 @@ from rlhf_ray.config.schema import ClusterConfig, Config, RolesConfig
 from rlhf_ray.versions import TESTED, find, installed
 
 GIB = 2**30
-OPTIONAL = ("wandb", "datasets")  # only logging.wandb and hf:// names need them
+OPTIONAL = ("datasets",)  # only hf:// names need it
 
 
 class Check(NamedTuple):

@@ -27,7 +27,7 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, StageRecord, model_fingerprint, stage, stage_record
 from rlhf_ray.stages.pretrain import block_dataset
-from rlhf_ray.stages.report import publish
+from rlhf_ray.stages.report import log_report, publish
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import ANSWERS, forget_answers, prompt_set, sample_answers
 
@@ -66,6 +66,7 @@ def run(cfg: Config) -> None:
         evaluate(cfg, record)
     forget_answers(Paths(cfg).stage("eval"))
     publish(cfg)
+    log_report(cfg)
     console.print(f"report: {Paths(cfg).root / 'report.html'}")
 
 

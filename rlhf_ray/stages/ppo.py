@@ -16,7 +16,7 @@ from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import render_prompt
 from rlhf_ray.metrics.progress import console
-from rlhf_ray.metrics.recorder import Recorder
+from rlhf_ray.metrics.recorder import METRICS, SAMPLES, Recorder
 from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.stages.pretrain import block_dataset
@@ -54,7 +54,7 @@ def run(cfg: Config) -> None:
         models = {"sft": paths.sft, **({"rm": paths.reward} if roles.MODEL in cfg.reward.sources else {})}
         checkpoints, checkpoint = resumed(cfg, record, models, p.iterations)
         directory, log = paths.stage("ppo"), cfg.logging
-        for old in ("PAUSED", *(() if checkpoint else ("metrics.jsonl", "alarms.jsonl", WANTED))):
+        for old in ("PAUSED", *(() if checkpoint else (METRICS, SAMPLES, "alarms.jsonl", WANTED))):
             (directory / old).unlink(missing_ok=True)
         with session(cfg), Cast(layout, cfg.cluster, directory) as cast:
             ptx = stream = None
@@ -86,7 +86,9 @@ def run(cfg: Config) -> None:
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,
                                      recorder, watch, fleet, checkpoints)
                 trainer.run(checkpoint)
-            save()
+                save()
+                if log.wandb_model:
+                    recorder.log_model(paths.policy)
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,
                        algorithm=cfg.algorithm.name, actors=actors, data=task_data.fingerprint(),
                        restarts=dict(trainer.recovery.restarts))

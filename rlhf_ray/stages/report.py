@@ -1,5 +1,6 @@
 """The report of a run, put together from what its stages left behind."""
 
+from dataclasses import asdict
 from typing import Any
 
 from rlhf_ray.config.load import to_yaml
@@ -8,8 +9,13 @@ from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.evaluation.report import write_report
 from rlhf_ray.evaluation.schema import validate_report
 from rlhf_ray.metrics.recorder import read_history
+from rlhf_ray.metrics.wandb_run import WandbRun
 from rlhf_ray.stages.common import Paths, stage_record
 from rlhf_ray.versions import installed
+
+# What eval measured. `accuracy`: only where answers can be verified.
+MEASURED = ("win_rate", "judge_score", "rm_score", "distinct_2", "held_out_loss", "mean_length", "kl_per_sequence",
+            "accuracy")
 
 
 def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
@@ -33,9 +39,7 @@ def build(cfg: Config, total_seconds: float | None = None) -> dict[str, Any]:
         "algorithm": cfg.algorithm.name if policy == "ppo" else policy,
         "labeler": records.get("compare", {}).get("labeler"),
         "rm": learnt.get("rm"),
-        **{k: evaluated[k] for k in ("win_rate", "judge_score", "rm_score", "distinct_2", "held_out_loss",
-                                     "mean_length", "kl_per_sequence")},
-        **({"accuracy": evaluated["accuracy"]} if "accuracy" in evaluated else {}),
+        **{k: evaluated[k] for k in MEASURED if k in evaluated},
         **({"dpo": learnt["dpo"]} if policy == "dpo" else {}),
         "actors": actors,
         "data": load_task_data(cfg.data).counts(),
@@ -51,3 +55,13 @@ def publish(cfg: Config, total_seconds: float | None = None) -> None:
     report, samples = build(cfg, total_seconds), (stage_record(cfg, "eval") or {}).get("samples", [])
     write_report(report, read_history(paths.stage(cfg.eval.policy)), samples, paths.root)
     validate_report(report, cfg.eval.baselines, cfg.eval.policy)
+
+
+def log_report(cfg: Config) -> None:
+    """The same for wandb, in the run that trained the policy."""
+    if cfg.logging.wandb == "disabled":
+        return
+    paths, record = Paths(cfg), stage_record(cfg, "eval") or {}
+    run = WandbRun(paths.stage(cfg.eval.policy), cfg.logging.wandb, cfg.logging.wandb_project, asdict(cfg), True, None)
+    run.report(paths.root / "report.html", {key: record[key] for key in MEASURED if key in record})
+    run.close()

@@ -1,8 +1,11 @@
-"""A live view of a run in the terminal, from its files alone: nothing is started, nothing of the run is touched."""
+"""A live view of a run in the terminal: nothing is started, nothing of the run is touched.
+
+It is drawn from the run's files alone, or, where these cannot be reached, from what its Ray job tells of them.
+"""
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,13 +17,13 @@ from rich.text import Text
 
 from rlhf_ray.config.schema import STAGES, Config
 from rlhf_ray.errors import UserError
-from rlhf_ray.metrics.overview import Holder, Overview, Policy, RunFiles, Stage
+from rlhf_ray.metrics.overview import Holder, Overview, Policy, RunFiles, Sample, Stage
 from rlhf_ray.metrics.sparkline import apportion, sparkline
 
 WIDTH, WIDEST = 80, 110  # columns: where the output is no terminal; at most
 REFRESH_S = 1.0
 LOOK_S = 0.2  # how often to look whether a file has grown
-ALARMS, ACTORS = 3, 8  # how many are shown
+ACTORS = 8  # how many are shown
 _STATE = {"done": "green", "running": "bold cyan", "failed": "bold red", "killed": "bold red", "stopped": "yellow",
           "waiting": "dim"}
 _PHASES = (("█", "cyan"), ("▓", "magenta"), ("▒", "yellow"), ("░", "green"), ("▚", "blue"), ("▞", "red"), ("─", "dim"))
@@ -37,16 +40,29 @@ _ROWS = (
 
 def run(cfg: Config) -> None:
     """Show the run in output_dir: until Ctrl-C in a terminal, else once."""
-    files, console = RunFiles(Path(cfg.output_dir)), Console(highlight=False)
+    files = RunFiles(Path(cfg.output_dir))
     try:
         require_run(files)
-        if console.is_interactive and sys.stdout.isatty():
-            follow(files, console)
-        else:
-            plain = Console(width=WIDTH, force_terminal=False, color_system=None, highlight=False)
-            plain.print(view(files.read(time.time()), WIDTH))
+        show(files.read, files.sizes)
     except OSError as error:
         raise UserError(f"output_dir={cfg.output_dir}: cannot read {error.filename}: {error.strerror}") from error
+
+
+def run_job(submission_id: str, address: str | None) -> None:
+    """The same of a run on any machine, from what its Ray job tells. address: of the job API (None: Ray's default)."""
+    from rlhf_ray.cluster.job import Job  # imports ray
+
+    show(Job(submission_id, address).read, list)
+
+
+def show(read: Callable[[float], Overview], sizes: Callable[[], list[int]]) -> None:
+    """read: the overview at a time, unix seconds; sizes: what changes when there is something new."""
+    console = Console(highlight=False)
+    if console.is_interactive and sys.stdout.isatty():
+        follow(read, sizes, console)
+    else:
+        page = Console(width=WIDTH, force_terminal=False, color_system=None, highlight=False)
+        page.print(view(read(time.time()), WIDTH))
 
 
 def require_run(files: RunFiles) -> None:
@@ -64,22 +80,26 @@ def require_run(files: RunFiles) -> None:
                     "stage that has begun (sft, rm, ppo, ...)")
 
 
-def follow(files: RunFiles, console: Console) -> None:
+def follow(read: Callable[[float], Overview], sizes: Callable[[], list[int]], console: Console) -> None:
     """Until Ctrl-C: a new picture every second, and as soon as a file has grown."""
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            width, sizes = min(console.width, WIDEST), files.sizes()
-            live.update(Group(view(files.read(time.time()), width),
+            width, before = min(console.width, WIDEST), sizes()
+            live.update(Group(view(read(time.time()), width),
                               Text("Ctrl-C ends this view, not the run", style="dim")), refresh=True)
             until = time.monotonic() + REFRESH_S
-            while time.monotonic() < until and files.sizes() == sizes:
+            while time.monotonic() < until and sizes() == before:
                 time.sleep(LOOK_S)
 
 
 def view(overview: Overview, width: int) -> RenderableType:
     """The whole picture, `width` columns wide at most. What is urgent comes first."""
     ppo = next((stage for stage in overview.stages if stage.name == "ppo"), None)
-    parts: list[RenderableType] = [_line(f"run {overview.directory}", "bold"), _holder(overview.holder)]
+    parts: list[RenderableType] = [_line(f"run {overview.directory}", "bold")]
+    if overview.heard:
+        parts.append(_line(overview.heard, "dim"))
+    if overview.holder or not overview.heard:
+        parts.append(_holder(overview.holder))
     if overview.policy and overview.policy.paused is not None:
         lives = overview.holder and overview.holder.alive is not False
         how = f"remove {overview.directory / 'ppo/PAUSED'} to go on" if lives else "the same command goes on"
@@ -157,10 +177,23 @@ def _policy(stage: Stage, p: Policy, width: int) -> Iterator[RenderableType]:
     if p.memory:
         yield _memory(p, width)
     replaced = "" if p.restarts is None else f"{p.restarts} actors replaced, "
-    yield _line(f"{replaced}{len(p.alarms)} alarms" + (", the last:" if p.alarms else ""))
-    for ring in p.alarms[-ALARMS:]:
+    yield _line(f"{replaced}{p.rang} alarms" + (", the last:" if p.alarms else ""))
+    for ring in p.alarms:
         text = f"{ring.name} in iteration {ring.iteration} ({ring.action}): {ring.message}"
         yield Text(text, style="red") if ring is p.alarms[-1] else _line(text, "red")
+    if p.samples:
+        yield ""
+        yield _line(f"samples of iteration {p.samples[0].iteration}: score, prompt, response", "dim")
+    for sample in p.samples:
+        yield from _sample(sample, width)
+
+
+def _sample(s: Sample, width: int) -> Iterator[Text]:
+    """The end of the prompt in a line, the beginning of the response in two."""
+    score, prompt, response = f"{_number(s.score, '.2f')}  ", plain(s.prompt), plain(s.response)
+    room = width - len(score)
+    yield _line(score + (prompt if len(prompt) <= room else "…" + prompt[1 - room :]), "dim")
+    yield Text(response if len(response) <= 2 * width else response[: 2 * width - 1] + "…")
 
 
 def _curves(stage: Stage, width: int) -> Table:
@@ -225,6 +258,11 @@ def duration(seconds: float | None) -> str:
     if whole < 360000:
         return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
     return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def plain(text: str) -> str:
+    """In one line, without what would move the cursor or change colours."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
 
 def _number(value: float | None, form: str) -> str:

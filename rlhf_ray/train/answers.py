@@ -79,15 +79,15 @@ def _answered(
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(number, responses) of every part as it finishes; a generator has one in hand, and the next when it is free."""
     waiting = iter(list(parts.items()))
-    in_hand: dict[Any, tuple[int, Any, float]] = {}  # by reference, oldest first: part, generator, deadline
+    in_hand: dict[Any, tuple[int, int, float]] = {}  # by reference, oldest first: part, generator, deadline
 
-    def give(generator: Any) -> None:
+    def give(generator: int) -> None:
         number, samples = next(waiting, (None, None))
         if number is not None:
-            ref = generator.answer.remote(samples, temperature, max_tokens)
+            ref = group.submit(generator, Generator.answer, (samples, temperature, max_tokens))
             in_hand[ref] = number, generator, time.monotonic() + group.timeout_s
 
-    for generator in group.actors:
+    for generator in range(len(group)):
         give(generator)
     while in_hand:
         _, _, deadline = next(iter(in_hand.values()))

@@ -15,6 +15,7 @@ from rlhf_ray.actors.generator import Sample, sample_seed
 from rlhf_ray.actors.learners import CriticLearner, Window
 from rlhf_ray.actors.policy import PolicyLearner, Prepared
 from rlhf_ray.cluster.group import Group, wait
+from rlhf_ray.cluster.timeline import span
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
 from rlhf_ray.core.masked import Moments
@@ -36,8 +37,9 @@ from rlhf_ray.train.watch import Watch
 
 @dataclass
 class Clock:
-    """Seconds of each phase of an iteration; `enter` hears of every beginning."""
+    """Seconds of each phase of an iteration; `enter` hears of every beginning, and `ray timeline` shows them all."""
 
+    iteration: int
     enter: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -45,7 +47,8 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         self.enter(phase)
         started = time.monotonic()
-        yield
+        with span(f"iteration {self.iteration}: {phase}"):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
 
 
@@ -68,6 +71,7 @@ class PPOTrainer:
         self.step, self.version = 0, 1
         self.begun = self.done = False
         self.saving: dict[str, float] = {}  # seconds
+        self.weights = cfg.reward.weights or [1.0] * len(cfg.reward.sources)
         self.kl_coef, self.seen_scores = cfg.algorithm.kl_coef, Moments()
         learners = [policy, *([critic] if critic else [])]
         self.saver = Saver(checkpoints, learners)
@@ -125,18 +129,22 @@ class PPOTrainer:
         self.recovery.succeeded(self.step)
         self.interruption.allow()
         if self.step % self.cfg.checkpoint.iterations == 0 or self.step == self.cfg.ppo.iterations:
-            with Clock(self.enter, self.saving)("checkpoint"):
+            with Clock(self.step, self.enter, self.saving)("checkpoint"):
                 self.save(values)
         self.watch.act(self.step, alarms)
 
     def run_step(self, step: int) -> dict[str, Any]:
-        clock, started = Clock(self.enter), time.monotonic()
+        clock, started = Clock(step, self.enter), time.monotonic()
         with clock("rollout"):
             rollouts = self.workers.run(self.samples(step), self.version, self.fleet.wanted)
+        waiting = self.workers.waiting(rollouts)
         with clock("score"):
             measured = self.score(rollouts)
+        reading = self.workers.read(rollouts, self.weights, self.cfg.rollout.batch_size)  # beside the next phase
         with clock("advantages"):
             batch = self.prepare(rollouts)
+            samples = [s for some in wait(reading, self.policy.timeout_s, "samples") for s in some]
+        staleness = self.version - rollouts.version
         self.saver.poll()
         self.interruption.defer()  # until the iteration is whole
         self.recovery.updating = True
@@ -149,17 +157,21 @@ class PPOTrainer:
         clock.seconds |= self.saving  # of the checkpoint before: what of it was not done beside the work
         self.saving.clear()
         clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
+        costs = self.workers.costs()
         values = {
             **batch.numbers, **measured, **report, "kl_coef": self.kl_coef,
-            "weight_version": self.version, "generators": len(self.workers.generators),
-            "empty": sum(i.empty for i in rollouts.infos),
+            "generators": len(self.workers.generators), "weight_version": self.version, "staleness": staleness,
+            "weight_versions": dict.fromkeys(self.workers.generators.names, self.version),  # or the push had raised
+            "waiting_calls": waiting, "empty": sum(i.empty for i in rollouts.infos),
             "repeated_ngrams": sum(i.repeated for i in rollouts.infos) / max(1, sum(i.ngrams for i in rollouts.infos)),
-            **self.workers.reward_costs(),
+            "reward_seconds": {group.role: costs[group.role]["seconds"] for group in self.workers.rewards},
+            "reward_retries": sum(cost["retries"] for cost in costs.values()),
             **({"judge_score": sum(s for s, _ in judged) / sum(n for _, n in judged)} if judged else {}),
             "tokens_per_second": rollouts.response_tokens / seconds, "seconds": clock.seconds,
+            "role_tokens_per_second": self.speeds(rollouts, report, clock.seconds["update"], costs),
             "memory_gib": self.cast.health.memory_gib(), "restarts": self.recovery.restarts.total(),
         }
-        self.recorder.log(step, values)
+        self.recorder.log(step, values, sorted(samples, key=lambda s: s.position))
         self.adapt(batch, len(rollouts.lengths))
         return values
 
@@ -211,10 +223,9 @@ class PPOTrainer:
         r = self.cfg.reward
         shaping = Shaping(r.truncated, r.truncation_penalty, r.overlong_tokens, r.overlong_penalty, r.normalize, r.clip,
                           self.cfg.rollout.max_response_tokens)
-        weights = r.weights or [1.0] * len(r.sources)
         shares = _share(rollouts.shards, len(self.policy))
         results = self.policy.call_each(
-            PolicyLearner.prepare, [(s, weights, shaping, self.kl_coef, self.seen_scores) for s in shares])
+            PolicyLearner.prepare, [(s, self.weights, shaping, self.kl_coef, self.seen_scores) for s in shares])
         if not results[0].seen.count:
             raise UserError("every response of this iteration was cut at rollout.max_response_tokens="
                             f"{self.cfg.rollout.max_response_tokens}, and reward.truncated=drop leaves nothing to "
@@ -283,6 +294,20 @@ class PPOTrainer:
             self.kl_coef = adapted_kl_coef(self.kl_coef, batch.numbers["kl_per_sequence"], a.kl_target, responses,
                                            a.kl_horizon)
 
+    def speeds(
+        self, rollouts: Rollouts, report: Mapping[str, float], update_s: float, costs: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, float]:
+        """Tokens per second of each role while it works, all its actors together.
+
+        Of generators the sampled ones; of all others prompts and responses, and of learners in every epoch.
+        """
+        groups = [self.workers.generators, *self.workers.rewards, self.workers.reference]
+        work = {role: (rollouts.tokens, cost["seconds"]) for role, cost in costs.items()}
+        work["generator"] = rollouts.response_tokens, sum(info.seconds for info in rollouts.infos)
+        speeds = {g.role: len(g) * tokens / seconds for g in groups for tokens, seconds in [work[g.role]] if seconds}
+        learnt = [role for role in ("policy", "critic") if f"{role}_grad_norm" in report]
+        return speeds | dict.fromkeys(learnt, self.cfg.algorithm.ppo_epochs * rollouts.tokens / update_s)
+
     # -- state -----------------------------------------------------------------------------------------------------
 
     def save(self, metrics: Mapping[str, Any] | None = None) -> None:
@@ -296,7 +321,7 @@ class PPOTrainer:
         """What the driver knows besides its configuration: JSON-able."""
         return {"step": self.step, "kl_coef": self.kl_coef, "seen_scores": asdict(self.seen_scores),
                 "prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict() if self.ptx else None,
-                "metrics": self.recorder.position, "watch": self.watch.state_dict(),
+                "recorded": self.recorder.positions, "watch": self.watch.state_dict(),
                 "fleet": self.fleet.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,7 +331,7 @@ class PPOTrainer:
         self.prompts.load_state_dict(state["prompts"])
         if self.ptx:
             self.ptx.load_state_dict(state["ptx"])
-        self.recorder.rewind(state["metrics"])
+        self.recorder.rewind(state["recorded"])
         self.watch.load_state_dict(state["watch"])
         self.fleet.load_state_dict(state["fleet"])
         self.boundary = dict(state)

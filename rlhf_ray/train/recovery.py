@@ -46,7 +46,7 @@ class Saver:
         directory = str(self.checkpoints.begin(step))
         wait([ref for g in self.learners for ref in g.start(LearnerRole.snapshot)], self.learners[0].timeout_s,
              "checkpoint: copying the learners' state")
-        refs = [a.write.options(concurrency_group=IO).remote(directory) for g in self.learners for a in g.actors]
+        refs = [ref for g in self.learners for ref in g.start(LearnerRole.write, directory, concurrency_group=IO)]
         self._pending, self.saved = (step, refs, state, metrics), step
 
     def poll(self) -> None:

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray.actors.generator import Sample
+from rlhf_ray.actors.generator import Generator, Sample
 from rlhf_ray.actors.learners import ScoredShard
+from rlhf_ray.actors.reader import Reader
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
-from rlhf_ray.cluster.group import Group, Overdue, debtors
+from rlhf_ray.cluster.group import Group, Overdue, debtors, wait
 from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.types import RolloutInfo
 from rlhf_ray.train.turns import Turns
+
+SAMPLES = 3  # of an iteration, for people to read
 
 
 @dataclass
@@ -42,6 +45,16 @@ class Rollouts:
     def canonical_order(self) -> np.ndarray:
         """Rollout numbers ordered by their place in the batch: the same whoever finished first. int64 [N]."""
         return np.argsort(np.concatenate([info.positions for info in self.infos]))
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and responses."""
+        return int(self.lengths.sum())
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that sampled any of them."""
+        return min(info.version for info in self.infos)
 
     @property
     def response_tokens(self) -> int:
@@ -109,7 +122,7 @@ class RolloutWorkers:
         def asked(ref: Any, group: Group, method: Any, *args: Any) -> Any:
             if ref is not None and debtors([ref]) <= group.ids:
                 return ref
-            return getattr(group.actors[turn % len(group)], method.__name__).remote(*args)
+            return group.submit(turn % len(group), method, args)
 
         old = s.scores or (None,) * len(self.rewards)
         scored = replace(
@@ -119,11 +132,36 @@ class RolloutWorkers:
         judged = asked(shard.judged, self.judge, Judge.mean_score, s.rollout) if self.judge else None
         return _Shard(scored, judged, shard.info)
 
-    def reward_costs(self) -> dict[str, Any]:
-        """Since the last call: seconds that each reward source worked, and how many calls had to be tried again."""
-        costs = {group.role: group.call(RewardModel.stats) for group in self.rewards}
-        return {"reward_seconds": {role: sum(c["seconds"] for c in each) for role, each in costs.items()},
-                "reward_retries": sum(c["retries"] for each in costs.values() for c in each)}
+    def waiting(self, rollouts: Rollouts) -> dict[str, int]:
+        """By role, calls on these rollouts that are not answered yet: how long its queue is now."""
+        roles = {ref: group.role for s in rollouts.shards
+                 for ref, group in ((s.ref_logprobs, self.reference), *zip(s.scores, self.rewards, strict=True))}
+        if self.judge:
+            roles |= dict.fromkeys(rollouts.judged, self.judge.role)
+        _, late = ray.wait(list(roles), num_returns=len(roles), timeout=0, fetch_local=False) if roles else ([], [])
+        return {role: sum(roles[ref] == role for ref in late) for role in dict.fromkeys(roles.values())}
+
+    def read(self, rollouts: Rollouts, weights: Sequence[float], batch_size: int) -> list[Any]:
+        """References to a few of the responses as text, lists of SampleText: those at places spread over the batch.
+
+        weights: of the reward sources. The first of these has the tokenizer, and nothing to do once all is scored.
+        """
+        places = np.arange(0, batch_size, -(-batch_size // SAMPLES))
+        refs: list[Any] = []
+        for shard, info in zip(rollouts.shards, rollouts.infos, strict=True):
+            rows = np.flatnonzero(np.isin(info.positions, places)).tolist()
+            if rows:
+                refs.append(self.rewards[0].submit(len(refs) % len(self.rewards[0]), Reader.samples,
+                                                   (shard.rollout, rows, weights, *shard.scores)))
+        return refs
+
+    def costs(self) -> dict[str, dict[str, float]]:
+        """Since the last call, by reward source and of the reference: seconds of work of all its actors, retries."""
+        groups = [*self.rewards, self.reference]
+        answers = iter(wait([ref for group in groups for ref in group.start(RewardModel.stats)],
+                            self.reference.timeout_s, "stats"))
+        each = {group.role: [next(answers) for _ in group.actors] for group in groups}
+        return {role: {key: sum(s[key] for s in some) for key in ("seconds", "retries")} for role, some in each.items()}
 
     def probe(self, samples: list[Sample], version: int) -> list[list[Any]]:
         """References to the shards of each generator, every one of which answers all samples. Nothing is scored."""
@@ -141,12 +179,12 @@ class RolloutWorkers:
     ) -> Iterator[tuple[int, Any, RolloutInfo | Exception]]:
         """(share, shard reference, its numbers), from whichever generator has one ready; an error in place of the
         numbers says that the generator died and that nothing more comes of this share."""
-        actors = itertools.cycle(self.generators.actors)
+        turns = itertools.cycle(range(len(self.generators)))
         streams: dict[Any, tuple[int, Any]] = {}
-        for share, samples in shares.items():
-            actor = next(actors)
-            streams[actor.rollout.options(num_returns="streaming").remote(
-                samples, version, self.temperature, self.max_tokens)] = share, actor
+        for (share, samples), i in zip(shares.items(), turns, strict=False):
+            stream = self.generators.submit(i, Generator.rollout, (samples, version, self.temperature, self.max_tokens),
+                                            num_returns="streaming")
+            streams[stream] = share, self.generators.actors[i]
         deadline = time.monotonic() + self.generators.timeout_s
         while streams:
             ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)

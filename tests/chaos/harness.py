@@ -22,7 +22,8 @@ from rlhf_ray.stages import ppo
 from rlhf_ray.train.ppo import PPOTrainer
 
 PHASES = ("rollout", "score", "advantages", "update", "weight_sync", "checkpoint")
-CLOCKED = ("seconds", "tokens_per_second", "reward_seconds", "memory_gib", "restarts", "generators")
+CLOCKED = ("seconds", "tokens_per_second", "role_tokens_per_second", "waiting_calls", "reward_seconds", "memory_gib",
+           "restarts", "generators", "weight_versions")
 
 
 @dataclass

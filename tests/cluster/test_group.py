@@ -1,14 +1,33 @@
-"""What does not fit a cluster is refused at once, unless nodes may still come."""
+"""How actors are called; what does not fit a cluster is refused at once, unless nodes may still come."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlhf_ray.cluster import group
+from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import ClusterConfig
 from rlhf_ray.core.layout import RoleRequest, plan_layout
 from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
+
+
+class Actor:
+    """Says how it was called."""
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(options=lambda **options: SimpleNamespace(remote=lambda *args: (method, args, options)))
+
+
+def test_a_call_is_named_after_who_does_what() -> None:
+    """Not after the iteration: Ray keeps a metric for every name."""
+    policy = group.Group("policy", [Actor(), Actor()], 1.0)
+    assert policy.names == ["policy-0", "policy-1"]
+    assert policy.start(Role.setup, 1) == [("setup", (1,), {"name": f"policy-{i} setup"}) for i in (0, 1)]
+    assert policy.start_each(Role.setup, [(1,), (2, 3)])[1] == ("setup", (2, 3), {"name": "policy-1 setup"})
+    assert policy.submit(1, Role.describe, (), num_returns=2) == (
+        "describe", (), {"name": "policy-1 describe", "num_returns": 2})
 
 
 class _Placement:

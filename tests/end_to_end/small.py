@@ -22,6 +22,7 @@ def small_config(path: str = "") -> Config:
     cfg = Config()
     cfg.model.path, cfg.model.max_length = path, 64
     cfg.data.max_prompt_tokens = 24
+    cfg.logging.wandb = "disabled"  # test_watching.py and test_pipeline.py have it
     cfg.roles.generator.threads = 1
     return cfg
 

@@ -84,6 +84,12 @@ def test_all_six_stages_on_a_users_own_files(files, tmp_path):
     html = (out / "report.html").read_text()
     assert "<svg" in html and "<script" not in html
 
+    # wandb, offline: one run, which ppo began and to which eval added the report.
+    runs, name = list(out.glob("ppo/wandb/offline-run-*")), (out / "ppo/wandb_id").read_text()
+    assert len(runs) == 2 and all(run.name.endswith(name) for run in runs)
+    (page,) = out.glob("ppo/wandb/offline-run-*/files/media/html/*.html")
+    assert "<svg" in page.read_text() and list(out.glob("ppo/wandb/offline-run-*/files/media/table/samples_*"))
+
     again = rlhf_ray(*command)
     assert again.returncode == 0
     assert "done before and unchanged: pretrain, sft, compare, rm, ppo, eval" in again.stdout

@@ -104,6 +104,7 @@ def test_ppo_goes_on_exactly(models, reward_model, files, tmp_path):  # noqa: F8
     log = (out / "log").read_text()
     assert "going on after iteration" in log and "bytes instead of" in log
     assert metrics(out, "ppo") == metrics(plain, "ppo")  # no line missing, none doubled, every prompt as it was
+    assert (out / "ppo/samples.jsonl").read_bytes() == (plain / "ppo/samples.jsonl").read_bytes()
     assert weights(out, "ppo") == weights(plain, "ppo")
 
 

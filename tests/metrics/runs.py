@@ -52,6 +52,12 @@ def iteration(k: int, **values: Any) -> dict[str, Any]:
             "memory_gib": {"policy-0": 2.0, "generator-0": 1.5}, "restarts": 0, **values}
 
 
+def sample(k: int, prompt: str, response: str, score: float | None = 1.5) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+    return {"iteration": k, "position": 0, "prompt": prompt, "response": response, "tokens": 7, "truncated": False,
+            "score": score}
+
+
 def running(run: Path, iterations: int = 12) -> Path:
     """sft and rm are done, ppo has done 12 of 40 iterations and is at work in this process."""
     for name, seconds in (("sft", 83.2), ("compare", 59.0), ("rm", 121.0)):

@@ -53,7 +53,7 @@ def test_a_run_that_went_back_is_read_again_from_the_start(tmp_path: Path) -> No
     tail = Tail(tmp_path / "metrics.jsonl", ["iteration", "score"])
     with Recorder(tmp_path, "disabled", "project", {}) as recorder:
         recorder.log(1, {"score": 0.5})
-        position = recorder.position
+        position = recorder.positions
         recorder.log(2, {"score": 0.25})
         recorder.log(3, {"score": 0.75})
         assert [row["score"] for row in tail.read()] == [0.5, 0.25, 0.75]
@@ -65,10 +65,19 @@ def test_a_run_that_went_back_is_read_again_from_the_start(tmp_path: Path) -> No
         recorder.rewind(position)
         for k in (2, 3, 4):
             recorder.log(k, {"score": 1.0})
-        assert tail.path.stat().st_size > 3 * position
+        assert tail.path.stat().st_size > 3 * position["metrics.jsonl"]
         assert [row["score"] for row in tail.read()] == [0.5, 1.0, 1.0, 1.0]
     tail.path.unlink()
     assert tail.read() == []
+
+
+def test_only_the_newest_rows_are_kept_if_so_asked(tmp_path: Path) -> None:
+    """Whether they came at once or one by one; the place in the file is not lost."""
+    tail = Tail(tmp_path / "a.jsonl", ["step"], last=2)
+    add(tail.path, '{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    assert tail.read() == [{"step": 2}, {"step": 3}]
+    add(tail.path, '{"step": 4}\n')
+    assert tail.read() == [{"step": 3}, {"step": 4}]
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:

@@ -6,8 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from metrics.runs import NOW, begun, done, iteration, jsonl, lock, post_mortem, running, text
-from rlhf_ray.metrics.overview import Actor, Overview, RunFiles, Saved, Stage, memory_of, newest_checkpoint, pace
+from metrics.runs import NOW, begun, done, iteration, jsonl, lock, post_mortem, running, sample, text
+from rlhf_ray.metrics.overview import (
+    Actor,
+    Overview,
+    RunFiles,
+    Sample,
+    Saved,
+    Stage,
+    memory_of,
+    newest_checkpoint,
+    pace,
+)
 from rlhf_ray.stages.lock import locked
 
 
@@ -38,7 +48,7 @@ def test_a_running_run(tmp_path: Path) -> None:
     p = seen.policy
     assert p and (p.total, p.step_s, p.eta_s) == (40, 4.0, 112.0)  # 28 iterations of 4 s
     assert p.phases == {"rollout": 1.0, "update": 3.0}
-    assert (p.restarts, p.alarms, p.paused) == (0, [], None)
+    assert (p.restarts, p.rang, p.alarms, p.samples, p.paused) == (0, 0, [], [], None)
 
 
 def test_pace_is_the_median_of_the_last_iterations(tmp_path: Path) -> None:
@@ -79,6 +89,19 @@ def test_a_run_that_went_back(tmp_path: Path) -> None:
     seen = files.read(NOW)
     assert stage(seen, "ppo").step == 9
     assert seen.policy and [(a.name, a.message) for a in seen.policy.alarms] == [("kl", "high 4")]
+
+
+def test_the_newest_alarms_and_samples(tmp_path: Path) -> None:
+    """Three alarms at most, of five; the samples of the last iteration that has any."""
+    run = running(tmp_path)
+    jsonl(run / "ppo/alarms.jsonl", [{"name": "kl", "iteration": k, "action": "log", "message": ""} for k in range(5)])
+    jsonl(run / "ppo/samples.jsonl", [sample(11, "a", "b"), sample(12, "c", "d"), sample(12, "e", "f", score=None)])
+    p = RunFiles(run).read(NOW).policy
+    assert p and p.rang == 5 and [a.iteration for a in p.alarms] == [2, 3, 4]
+    assert p.samples == [Sample(12, "c", "d", 1.5, 7), Sample(12, "e", "f", None, 7)]
+    text(run / "ppo/samples.jsonl", '{"iteration": 12, "prompt": "c"}\n')
+    p = RunFiles(run).read(NOW).policy
+    assert p and p.samples == []  # of another version
 
 
 def test_a_paused_run(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from rlhf_ray.core.types import SampleText
 from rlhf_ray.metrics import recorder as module
 from rlhf_ray.metrics.recorder import Recorder, console_line, read_history
 
@@ -57,26 +58,41 @@ def test_what_was_recorded_after_a_position_is_gone_and_the_next_line_follows(tm
         return [(row["iteration"], row["score"]) for row in read_history(tmp_path)]
 
     with Recorder(tmp_path, "disabled", "project", {}) as recorder:
-        assert recorder.position == 0
+        assert recorder.positions == {"metrics.jsonl": 0, "samples.jsonl": 0}
         recorder.log(1, {"score": 0.5})
-        position = recorder.position
-        assert position == (tmp_path / "metrics.jsonl").stat().st_size == len('{"iteration": 1, "score": 0.5}\n')
+        position = recorder.positions
+        assert position == {"metrics.jsonl": len('{"iteration": 1, "score": 0.5}\n'), "samples.jsonl": 0}
+        assert position["metrics.jsonl"] == (tmp_path / "metrics.jsonl").stat().st_size
         recorder.log(2, {"score": 0.25})
         recorder.log(3, {"score": 0.75})
         recorder.rewind(position)
-        assert score_by_iteration() == [(1, 0.5)] and recorder.position == position
+        assert score_by_iteration() == [(1, 0.5)] and recorder.positions == position
         recorder.log(2, {"score": 1.0})
         assert score_by_iteration() == [(1, 0.5), (2, 1.0)]
     with Recorder(tmp_path, "disabled", "project", {}) as recorder:
-        assert recorder.position == 2 * position  # both lines are of one length
+        assert recorder.positions["metrics.jsonl"] == 2 * position["metrics.jsonl"]  # both lines are of one length
         recorder.rewind(position)
         recorder.log(2, {"score": 0.0})
     assert score_by_iteration() == [(1, 0.5), (2, 0.0)]
 
 
+def test_samples_go_back_with_the_numbers(tmp_path, capsys):
+    one, two = SampleText(0, "a", "b", 1, False, 0.5), SampleText(43, "c", "d\n\u2028é", 2, True, float("nan"))
+    with Recorder(tmp_path, "disabled", "project", {}) as recorder:
+        recorder.log(1, {"score": 0.5}, [one, two])
+        position = recorder.positions
+        recorder.log(2, {"score": 0.25}, [one])
+        recorder.rewind(position)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"iteration": 1, "position": 0, "prompt": "a", "response": "b", "tokens": 1, "truncated": False, "score": 0.5},
+        {"iteration": 1, "position": 43, "prompt": "c", "response": "d\n\u2028é", "tokens": 2, "truncated": True,
+         "score": None}]
+
+
 def test_a_file_that_lost_lines_is_not_filled_up(tmp_path, capsys):
     with Recorder(tmp_path, "disabled", "project", {}) as recorder:
-        recorder.rewind(99)
+        recorder.rewind({"metrics.jsonl": 99, "samples.jsonl": 99})
         recorder.log(5, {"score": 0.5})
     assert read_history(tmp_path) == [{"iteration": 5, "score": 0.5}]
 

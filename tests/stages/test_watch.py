@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from metrics.runs import NOW, done, iteration, jsonl, lock, post_mortem, running, text
+from metrics.runs import NOW, done, iteration, jsonl, lock, post_mortem, running, sample, text
 from rlhf_ray import cli
 from rlhf_ray.metrics.overview import RunFiles
 from rlhf_ray.stages.watch import duration, view
@@ -39,6 +39,7 @@ def troubled(run: Path) -> Path:
     jsonl(run / "ppo/metrics.jsonl", rows)
     jsonl(run / "ppo/alarms.jsonl", [{"name": "kl", "iteration": k, "action": "pause", "message": "KL [b]is[/b] high: "
                                       + "lower it " * 30} for k in range(1, 8)])
+    jsonl(run / "ppo/samples.jsonl", [sample(30, "wide 問 " * 99, "\x1b[31mred\x07 [b]bold[/b] " * 99, score=-12345.6)])
     text(run / "ppo/PAUSED", "iteration 30\n" + "KL is high. " * 9 + "\n")
     post_mortem(run, "sft", "20270115-080500", "out of memory " * 20, 0)
     post_mortem(run, "ppo", "20270115-080000", "", 9999)
@@ -83,6 +84,17 @@ def test_trouble_is_named(tmp_path: Path) -> None:
     assert "sft failed: out of memory" in words
     assert "3 actors replaced, 7 alarms, the last: kl in iteration 5 (pause)" in words
     assert "generator-63 19.90 (+" in words and "and 56 that grew less" in words
+
+
+def test_the_latest_samples(tmp_path: Path) -> None:
+    """The end of the prompt and the beginning of the response, each in one line where there is room."""
+    run = running(tmp_path)
+    jsonl(run / "ppo/samples.jsonl", [sample(12, "Tell me\nof love", "  No.\n\nNever. "),
+                                      sample(12, "x" * 100 + "end", "begin" + "y" * 200, score=None)])
+    lines = shown(run).splitlines()
+    start = lines.index("samples of iteration 12: score, prompt, response")
+    assert lines[start + 1 : start + 6] == [
+        "1.50  Tell me of love", "No. Never.", "-  …" + "x" * 73 + "end", "begin" + "y" * 75, "y" * 79 + "…"]
 
 
 def test_a_pause_that_nobody_waits_in(tmp_path: Path) -> None:
@@ -140,6 +152,17 @@ def test_one_snapshot_where_the_output_is_no_terminal(tmp_path: Path, capsys: py
     assert "ppo  iteration 12 of 40" in out
     assert max(map(cell_len, out.splitlines())) <= 80 and "\x1b" not in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_by_its_directory_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Characters that mean something in an override are no trouble."""
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    done(tmp_path / "a b,c", "sft", 83.0)
+    assert cli.main(["watch", f"{tmp_path}/a b,c"]) == 0
+    assert f"run {tmp_path}/a b,c"[:79] in capsys.readouterr().out
+    assert cli.main(["watch", f"{tmp_path}/none", "--address", "http://127.0.0.1:8265"]) == 2
+    assert "--address goes with `rlhf-ray watch job:" in capsys.readouterr().err
 
 
 def test_without_a_model_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

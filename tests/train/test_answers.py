@@ -53,6 +53,9 @@ class Actor:
         self.ray, self.number = ray, number
         self.answer = self
 
+    def options(self, **_: Any) -> Actor:
+        return self
+
     def remote(self, samples: Any, temperature: float, max_tokens: int) -> int:
         ray, ref = self.ray, len(self.ray.calls)
         assert self.number not in ray.in_hand.values(), "one part at a time"

@@ -1,15 +1,20 @@
-"""A share whose generator died is sampled again; what the others finished is kept. Actors are names here."""
+"""A share whose generator died is sampled again; what the others finished is kept; what is asked of all of it.
+
+Actors are names here."""
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
 from rlhf_ray.actors.generator import Sample
+from rlhf_ray.actors.learners import ScoredShard
+from rlhf_ray.actors.reader import Reader
 from rlhf_ray.cluster.group import Group
 from rlhf_ray.train import rollout as module
-from rlhf_ray.train.rollout import RolloutWorkers
+from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
 from rlhf_ray.train.turns import Turns
 
 SAMPLES = [Sample(i, i, i) for i in range(3)]
@@ -50,6 +55,30 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> RolloutWorkers:
         Group(names[0], [Actor(name) for name in names], 9.0)
         for names in (["g0", "g1"], ["r0", "r1"], ["ref"], ["judge"]))
     return RolloutWorkers(generators, [rewards], references, judges, Turns(generators, generators, False), 1.0, 8)
+
+
+def test_how_long_the_queues_are(workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two shards, each to be scored by the reward model, the reference and the judge, the reference has both yet to
+    do and the judge one; nothing is fetched to find that out."""
+    def wait(refs: list[Any], num_returns: int, timeout: float, fetch_local: bool) -> tuple[list[Any], list[Any]]:
+        assert num_returns == len(refs) == 6 and timeout == 0 and not fetch_local
+        late = [ref for ref in refs if ref[0] == "ref" or ref == ("judge", "shard 1")]
+        return [ref for ref in refs if ref not in late], late
+
+    rollouts = workers.run(SAMPLES, 1, 2)
+    monkeypatch.setattr(module.ray, "wait", wait)
+    assert workers.waiting(rollouts) == {"ref": 2, "r0": 0, "judge": 1}
+    assert workers.waiting(Rollouts()) == {}
+
+
+def test_samples_are_at_places_spread_over_the_batch(workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 responses those at 0, 3 and 6; the one at 3 was empty and is in no shard."""
+    asked: list[Any] = []
+    monkeypatch.setattr(Group, "submit", lambda group, i, method, args: asked.append((group.role, i, method, args)))
+    infos: list[Any] = [SimpleNamespace(positions=np.array(p)) for p in ([1, 2, 4], [0, 6, 7], [5])]
+    shards = [ScoredShard(f"shard {i}", (f"scores {i}", f"others {i}"), None) for i in range(3)]
+    workers.read(Rollouts(shards, infos), [1.0, 0.5], 8)
+    assert asked == [("r0", 0, Reader.samples, ("shard 1", [0, 1], [1.0, 0.5], "scores 1", "others 1"))]
 
 
 def failed(workers: RolloutWorkers) -> None:

@@ -1,0 +1,138 @@
+"""wandb: configuration, metrics, samples, the report and the policy; offline unless asked otherwise.
+
+Offline it has a process of its own beside the driver, writes into `<stage>/wandb` and reaches nobody; `wandb sync`
+sends it later. wandb is imported only where it is not disabled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.core.types import SampleText
+from rlhf_ray.errors import UserError
+from rlhf_ray.metrics.progress import console
+
+TABLES = 20  # of samples, in a run of any length: each is a few files
+ROWS = 60  # of a table
+_COLUMNS = ("iteration", "score", "prompt", "response", "tokens", "truncated")
+
+
+def check_online() -> None:
+    """Raise UserError, with what to do, unless the server takes the API key. Takes 10 s if nobody answers."""
+    wandb = _wandb(None)
+    from wandb.sdk.lib import wbauth
+
+    url = wandb.setup().settings.base_url
+    otherwise = "or take logging.wandb=offline and send the run later, with `wandb sync`"
+    try:
+        found = wbauth.authenticate_session(host=url, source="rlhf-ray", prompt=False, verify=True)
+    except wandb.errors.Error as error:
+        raise UserError(f"logging.wandb=online: {_line(error)}; check WANDB_API_KEY, WANDB_BASE_URL and the network, "
+                        f"{otherwise}") from error
+    finally:
+        wandb.teardown()
+    if found is None:
+        raise UserError(f"logging.wandb=online: no API key for {url}: run `wandb login` or set WANDB_API_KEY, "
+                        f"{otherwise}")
+
+
+class WandbRun:
+    """One run there. What goes wrong after the start is said once, and then nothing more is logged.
+
+    run_dir: `<output_dir>/<stage>`, where the file `wandb_id` keeps its name. mode: offline or online. goes_on: whether
+    it is the run of that name; else a new one. total: iterations, None if not known.
+    """
+
+    def __init__(
+        self, run_dir: Path, mode: str, project: str, config: Mapping[str, Any], goes_on: bool, total: int | None
+    ) -> None:
+        wandb, name = _wandb(run_dir), run_dir / "wandb_id"
+        if not (goes_on and name.is_file()):
+            name.write_text(uuid.uuid4().hex[:8])
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True,
+                                  x_disable_machine_info=True)
+        try:
+            self._run: Any = wandb.init(project=project, mode=mode, dir=str(run_dir), config=dict(config),
+                                        id=name.read_text(), resume="allow", settings=settings)
+        except (wandb.errors.Error, OSError) as error:
+            raise UserError(f"logging.wandb={mode}: {_line(error)}; or take logging.wandb=disabled") from error
+        self._every = math.ceil((total or 1) / TABLES)
+        self._rows: list[list[Any]] = []
+
+    def log(self, iteration: int, values: Mapping[str, Any], samples: Sequence[SampleText]) -> None:
+        """One iteration. An iteration that is done again, after learners were lost, keeps its first numbers."""
+        self._rows = [row for row in self._rows if row[0] < iteration][len(samples) - ROWS :]
+        self._rows += [[iteration, s.score, s.prompt, s.response, s.tokens, s.truncated] for s in samples]
+        table = self._table() if self._rows and iteration % self._every == 0 else {}
+        self._attempt(lambda: self._run.log({**values, **table}, step=iteration))
+
+    def report(self, page: Path, numbers: Mapping[str, Any]) -> None:
+        """The report as people see it, and its numbers in the summary."""
+        def send() -> None:
+            import wandb
+
+            self._run.log({"report": wandb.Html(page.read_text(encoding="utf-8"), inject=False)})
+            self._run.summary.update({"report_numbers": dict(numbers)})
+
+        self._attempt(send)
+
+    def model(self, directory: Path) -> None:
+        """A model as an artifact. Its files are not copied."""
+        def send() -> None:
+            import wandb
+
+            artifact = wandb.Artifact(f"policy-{self._run.id}", type="model")
+            artifact.add_dir(str(directory), skip_cache=True, policy="immutable")
+            self._run.log_artifact(artifact)
+
+        self._attempt(send)
+
+    def close(self) -> None:
+        """Finish; a second call does nothing. Online it waits until all is sent."""
+        if self._rows:
+            self._attempt(lambda: self._run.log(self._table()))
+        self._attempt(lambda: self._run.finish())
+        self._leave()
+
+    def _table(self) -> dict[str, Any]:
+        import wandb
+
+        rows, self._rows = self._rows, []
+        return {"samples": wandb.Table(columns=list(_COLUMNS), data=rows)}
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever it is, it is not worth a run
+            self._leave()
+            console.print(f"wandb: {_line(error)}; nothing more is logged there", markup=False)
+
+    def _leave(self) -> None:
+        """End wandb's process here, not when Python exits: whoever stops a job has ended it before that."""
+        if self._run is not None:
+            self._run = None
+            with suppress(Exception):
+                _wandb(None).teardown()
+
+
+def _wandb(run_dir: Path | None) -> Any:
+    """The library: it keeps its files in the run's directory, and calls nobody about its own errors."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if run_dir is not None:
+        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(variable, str(run_dir / "wandb"))
+    import wandb
+
+    return wandb
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

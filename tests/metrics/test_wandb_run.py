@@ -1,0 +1,148 @@
+"""wandb offline, with the real library: what is kept, how much, and that nobody is called."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rlhf_ray.core.types import SampleText
+from rlhf_ray.metrics.recorder import Recorder
+from rlhf_ray.metrics.wandb_run import ROWS, TABLES, WandbRun
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ERROR_REPORTING"):  # set by what is tested: forget them
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def samples(k: int) -> list[SampleText]:
+    return [SampleText(i, f"prompt {k}", f"response {k}", 5, False, 0.5) for i in range(3)]
+
+
+def tables(run: Path) -> list[list[list[Any]]]:
+    """The rows of each table, oldest first."""
+    found = run.glob("wandb/offline-run-*/files/media/table/samples_*")
+    return [json.loads(path.read_text())["data"] for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+
+
+def kept(run: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in run.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_what_a_run_keeps(tmp_path: Path) -> None:
+    """Configuration, metrics, a table for each of 2 iterations, the report and the model; in its own directory."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").write_bytes(b"weights" * 1000)
+    (tmp_path / "report.html").write_text("<p>84.2%</p>")
+    run = WandbRun(tmp_path, "offline", "project", {"ppo": {"iterations": 2}}, False, 2)
+    for k in (1, 2):
+        run.log(k, {"score": k / 2, "seconds": {"rollout": 1.0}}, samples(k))
+    run.model(tmp_path / "model")
+    run.report(tmp_path / "report.html", {"win_rate": {"ppo_vs_sft": {"rate": 0.842}}})
+    run.close()
+    run.close()
+    assert tables(tmp_path) == [[[k, 0.5, f"prompt {k}", f"response {k}", 5, False]] * 3 for k in (1, 2)]
+    for words in (b"iterations", b"score", b"rollout", b"policy-", b"model.safetensors", b"report_numbers", b"0.842"):
+        assert words in kept(tmp_path), words
+    (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")
+    assert page.read_text() == "<p>84.2%</p>"
+    assert not list(tmp_path.rglob("wandb/**/*.safetensors"))  # the model is not copied
+    assert not [p for p in psutil.Process().children() if "wandb" in p.name()]
+
+
+def test_tables_have_an_end(tmp_path: Path) -> None:
+    """200 iterations of 30 samples each: 20 tables, each of the newest 60 rows; the last ones come when it closes."""
+    run = WandbRun(tmp_path, "offline", "project", {}, False, 200)
+    for k in range(1, 205):
+        run.log(k, {"score": 0.5}, samples(k) * 10)
+    run.close()
+    found = tables(tmp_path)
+    assert len(found) == TABLES + 1 and {len(rows) for rows in found} == {ROWS}
+    assert [row[0] for row in found[0]] == [9] * 30 + [10] * 30 and found[-1][-1][0] == 204
+
+
+def test_an_iteration_that_is_done_again_is_in_one_table_once(tmp_path: Path) -> None:
+    run = WandbRun(tmp_path, "offline", "project", {}, False, 60)  # a table every third iteration
+    for k in (1, 2, 1, 2, 3):
+        run.log(k, {"score": 0.5}, samples(k))
+    run.close()
+    assert [[row[0] for row in rows] for rows in tables(tmp_path)] == [[1, 1, 1, 2, 2, 2, 3, 3, 3]]
+
+
+def test_a_stage_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
+    names = []
+    for lines in (1, 1, 0):  # the third begins anew, as after resume=never
+        if not lines:
+            (tmp_path / "metrics.jsonl").unlink()
+        with Recorder(tmp_path, "offline", "project", {}) as recorder:
+            recorder.log(1, {"score": 0.5})
+        names.append((tmp_path / "wandb_id").read_text())
+    assert names[0] == names[1] != names[2]
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{names[0]}"))) == 2
+
+
+def test_a_process_of_wandb_that_dies_costs_a_line_and_nothing_else(tmp_path: Path,
+                                                                    capfd: pytest.CaptureFixture[str]) -> None:
+    """As when a job is stopped: everybody gets the signal."""
+    code = ("import psutil; from pathlib import Path; from rlhf_ray.metrics.recorder import Recorder\n"
+            f"with Recorder(Path({str(tmp_path)!r}), 'offline', 'project', {{}}) as recorder:\n"
+            "    recorder.log(1, {'score': 0.5})\n"
+            "    [c] = psutil.Process().children(); c.terminate(); psutil.wait_procs([c], timeout=20)\n"
+            "    for k in (2, 3, 4): recorder.log(k, {'score': 0.5})\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=60,
+                          check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("wandb: ") == 1 and "nothing more is logged there" in done.stdout
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_offline_nobody_is_called(tmp_path: Path) -> None:
+    """No connection but to processes of this machine, not even to ask for an address."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not on PATH")
+    code = ("from pathlib import Path; from rlhf_ray.core.types import SampleText\n"
+            "from rlhf_ray.metrics.wandb_run import WandbRun\n"
+            f"run = WandbRun(Path({str(tmp_path)!r}), 'offline', 'project', {{}}, False, 1)\n"
+            "run.log(1, {'score': 0.5}, [SampleText(0, 'a', 'b', 1, False, 0.5)]); run.close()\n")
+    done = subprocess.run(["strace", "-f", "-e", "trace=connect", "-o", tmp_path / "calls", sys.executable, "-c", code],
+                          cwd=ROOT, text=True, capture_output=True, timeout=100, check=False)
+    if "ptrace" in done.stderr:
+        pytest.skip(f"strace may not trace here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert tables(tmp_path) and calls
+    assert not [line for line in calls if "connect(" in line and "AF_UNIX" not in line]
+
+
+@pytest.mark.parametrize(("key", "says"), [
+    (None, "logging.wandb=online: no API key for http://127.0.0.1:9: run `wandb login` or set WANDB_API_KEY, or take "
+           "logging.wandb=offline"),
+    ("short", "logging.wandb=online: WANDB_API_KEY invalid: API key must have 40+ characters"),
+    ("x" * 40, "logging.wandb=online: Failed to authenticate with http://127.0.0.1:9"),
+])
+def test_online_without_a_server_that_takes_the_key_is_one_line(key: str | None, says: str, tmp_path: Path) -> None:
+    """Before anything starts; the key itself is never shown."""
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_HTTP_TIMEOUT": "3",
+           **({"WANDB_API_KEY": key} if key else {})}
+    code = ("import sys; from rlhf_ray import cli; from rlhf_ray.metrics import wandb_run\n"
+            "cli._command = lambda argv: wandb_run.check_online()\n"
+            "sys.exit(cli.main([]))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True, timeout=60,
+                          check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"rlhf-ray: error: {says}"), done.stderr
+    assert not key or key not in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
