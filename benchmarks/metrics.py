@@ -109,9 +109,9 @@ def main() -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to((args.run / stage).resolve())
-    os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"metadata": {"job_submission_id": JOB}})
     with metered() as (rows, beside), session(cfg):
         _internal_kv_put(KEY, json.dumps({"status": "RUNNING"}), namespace=KV_NAMESPACE_JOB)  # as if this were a job
+        os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"metadata": {"job_submission_id": JOB}})
         with job.told(Paths(cfg).root):
             ppo.run(cfg)
         told = json.loads(_internal_kv_get(KEY, namespace=KV_NAMESPACE_JOB))["metadata"]
