@@ -43,7 +43,8 @@ def check_online() -> None:
 
 
 class WandbRun:
-    """One run there. What goes wrong after the start is said once, and then nothing more is logged.
+    """One run there. What goes wrong is said once, and then nothing more is logged; only an online one that cannot
+    begin raises UserError.
 
     run_dir: `<output_dir>/<stage>`, where the file `wandb_id` keeps its name. mode: offline or online. goes_on: whether
     it is the run of that name; else a new one. total: iterations, None if not known.
@@ -52,18 +53,22 @@ class WandbRun:
     def __init__(
         self, run_dir: Path, mode: str, project: str, config: Mapping[str, Any], goes_on: bool, total: int | None
     ) -> None:
-        wandb, name = _wandb(run_dir), run_dir / "wandb_id"
-        if not (goes_on and name.is_file()):
-            name.write_text(uuid.uuid4().hex[:8])
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False, x_disable_stats=True,
-                                  x_disable_machine_info=True)
-        try:
-            self._run: Any = wandb.init(project=project, mode=mode, dir=str(run_dir), config=dict(config),
-                                        id=name.read_text(), resume="allow", settings=settings)
-        except (wandb.errors.Error, OSError) as error:
-            raise UserError(f"logging.wandb={mode}: {_line(error)}; or take logging.wandb=disabled") from error
         self._every = math.ceil((total or 1) / TABLES)
         self._rows: list[list[Any]] = []
+        self._run: Any = None
+        name = run_dir / "wandb_id"
+        if not (goes_on and name.is_file()):
+            name.write_text(uuid.uuid4().hex[:8])
+        try:
+            wandb = _wandb(run_dir)
+            settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False,
+                                      x_disable_stats=True, x_disable_machine_info=True)
+            self._run = wandb.init(project=project, mode=mode, dir=str(run_dir), config=dict(config),
+                                   id=name.read_text(), resume="allow", settings=settings)
+        except Exception as error:
+            if mode == "online":
+                raise UserError(f"logging.wandb=online: {_line(error)}; or take logging.wandb=offline") from error
+            console.print(f"wandb: {_line(error)}; nothing is logged there", markup=False)
 
     def log(self, iteration: int, values: Mapping[str, Any], samples: Sequence[SampleText]) -> None:
         """One iteration. An iteration that is done again, after learners were lost, keeps its first numbers."""

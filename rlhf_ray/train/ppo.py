@@ -143,7 +143,7 @@ class PPOTrainer:
         reading = self.workers.read(rollouts, self.weights, self.cfg.rollout.batch_size)  # beside the next phase
         with clock("advantages"):
             batch = self.prepare(rollouts)
-            samples = [s for some in wait(reading, self.policy.timeout_s, "samples") for s in some]
+            samples = self.workers.texts(reading)
         staleness = self.version - rollouts.version
         self.saver.poll()
         self.interruption.defer()  # until the iteration is whole
@@ -171,7 +171,7 @@ class PPOTrainer:
             "role_tokens_per_second": self.speeds(rollouts, report, clock.seconds["update"], costs),
             "memory_gib": self.cast.health.memory_gib(), "restarts": self.recovery.restarts.total(),
         }
-        self.recorder.log(step, values, sorted(samples, key=lambda s: s.position))
+        self.recorder.log(step, values, samples)
         self.adapt(batch, len(rollouts.lengths))
         return values
 

@@ -22,7 +22,7 @@ from rlhf_ray.actors.reader import Reader
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Group, Overdue, debtors, wait
 from rlhf_ray.cluster.health import LOST
-from rlhf_ray.core.types import RolloutInfo
+from rlhf_ray.core.types import RolloutInfo, SampleText
 from rlhf_ray.train.turns import Turns
 
 SAMPLES = 3  # of an iteration, for people to read
@@ -154,6 +154,11 @@ class RolloutWorkers:
                 refs.append(self.rewards[0].submit(len(refs) % len(self.rewards[0]), Reader.samples,
                                                    (shard.rollout, rows, weights, *shard.scores)))
         return refs
+
+    def texts(self, reading: Sequence[Any]) -> list[SampleText]:
+        """What `read` has asked for, in the order of the batch."""
+        found: list[list[SampleText]] = wait(reading, self.rewards[0].timeout_s, "samples")
+        return sorted((sample for some in found for sample in some), key=lambda sample: sample.position)
 
     def costs(self) -> dict[str, dict[str, float]]:
         """Since the last call, by reward source and of the reference: seconds of work of all its actors, retries."""

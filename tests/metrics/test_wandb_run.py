@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from rlhf_ray.core.types import SampleText
+from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.recorder import Recorder
 from rlhf_ray.metrics.wandb_run import ROWS, TABLES, WandbRun
 
@@ -90,6 +92,7 @@ def test_a_stage_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
         with Recorder(tmp_path, "offline", "project", {}) as recorder:
             recorder.log(1, {"score": 0.5})
         names.append((tmp_path / "wandb_id").read_text())
+        time.sleep(1.1)  # wandb names directories after seconds
     assert names[0] == names[1] != names[2]
     assert len(list(tmp_path.glob(f"wandb/offline-run-*-{names[0]}"))) == 2
 
@@ -107,6 +110,20 @@ def test_a_process_of_wandb_that_dies_costs_a_line_and_nothing_else(tmp_path: Pa
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.count("wandb: ") == 1 and "nothing more is logged there" in done.stdout
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_what_cannot_begin_is_an_error_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(**_: object) -> None:
+        raise OSError("no space left\nsomewhere")
+
+    monkeypatch.setattr("wandb.init", broken)
+    with Recorder(tmp_path, "offline", "project", {}) as recorder:
+        recorder.log(1, {"score": 0.5}, samples(1))
+        recorder.log_model(tmp_path)
+    assert capsys.readouterr().out.startswith("wandb: no space left; nothing is logged there\nppo 1")
+    with pytest.raises(UserError, match=r"logging\.wandb=online: no space left; or take"):
+        Recorder(tmp_path, "online", "project", {})
 
 
 def test_offline_nobody_is_called(tmp_path: Path) -> None:
