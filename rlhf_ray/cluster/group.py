@@ -14,13 +14,14 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.cluster.health import HEALTH, Health, Member
 from rlhf_ray.cluster.post_mortem import write_post_mortem
+from rlhf_ray.cluster.preflight import check_nodes
 from rlhf_ray.cluster.role import Role
-from rlhf_ray.cluster.runtime import nodes
+from rlhf_ray.cluster.runtime import address_of, nodes
 from rlhf_ray.config.schema import ClusterConfig
 from rlhf_ray.core.layout import Layout
 from rlhf_ray.core.packing import shortfall
@@ -164,6 +165,13 @@ class Cast:
             remove_placement_group(self._placement)
             raise UserError(f"no resources within cluster.start_timeout_s={self.cfg.start_timeout_s:.0f} s: asked for "
                             f"{bundles}, free now {ray.available_resources()}; is another run using the cluster?")
+        if address_of(self.cfg) != "local":
+            try:
+                check_nodes(placement_group_table(self._placement)["bundles_to_node_id"].values(), self.directory,
+                            self.cfg.start_timeout_s)
+            except BaseException:
+                self._end()
+                raise
         self.health.start()
         return self
 

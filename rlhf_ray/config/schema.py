@@ -53,8 +53,8 @@ class DataConfig:
 
 @dataclass
 class ClusterConfig:
-    address: str = opt("local", "`local` starts a private Ray on this machine; `auto` or host:port joins a "
-                       "cluster")
+    address: str = opt("local", "`local` starts a private Ray on this machine, or joins the cluster whose Ray job this "
+                       "is; `auto` or host:port joins a cluster")
     num_cpus: int | None = opt(None, "CPU slots a local Ray offers (null: what the roles ask for; they are "
                                "shares of the machine, not cores)", ge=1)
     object_store_gib: float = opt(0.5, "object store of a local Ray, GiB", gt=0)
