@@ -120,6 +120,8 @@ def _command(argv: list[str]) -> int:
         for name in stages_of(cfg, stage):
             check_paths(cfg.data, name)
     signal.signal(signal.SIGTERM, _terminate)
+    if stages_of(cfg, stage):
+        print(f"{stage}: output_dir={cfg.output_dir}", flush=True)  # what comes next are seconds of imports
     importlib.import_module(f"rlhf_ray.stages.{stage}").run(cfg)
     return 0
 

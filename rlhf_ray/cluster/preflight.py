@@ -37,7 +37,7 @@ def _inspection() -> Callable[[str | None], tuple[Any, ...]]:
         if package is not None and package.submodule_search_locations:
             root = Path(package.submodule_search_locations[0])
             files = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-                     for path in root.rglob("*.py")}
+                     for path in root.rglob("*.py")} or None
         if mark is None:
             return files, True, ""
         own = Path(f"{mark}-{ray.get_runtime_context().get_node_id()}")

@@ -33,7 +33,7 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 STOP_WAIT_S = 240  # what a stopped job may take to save before Ray kills it (its own default: 3)
 STOPPED = 128 + 15  # exit status of a job that was stopped
 LOST_S = 60.0  # how long the cluster may be out of reach while a job is followed
-_ANSWER_S = (10.0, 120.0)  # to connect, and between two pieces of an answer
+_ANSWER_S = (10.0, 60.0)  # to connect, and between two pieces of an answer
 _QUIET_S = 60.0  # a connection that says nothing for so long may be dead: another is made
 _RETRY_S = 1.0
 _NODES = 10_000  # the most that the state API lists
@@ -86,7 +86,7 @@ class JobServer:
             raise _refused(address, error) from None
         except (ConnectionError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             # Ray does not say why it could not connect.
-            why = "" if isinstance(error, ConnectionError) else f" ({_short(error)})"
+            why = "" if isinstance(error, ConnectionError) else f" ({_short(error).split('. ')[0]})"
             raise UserError(f"{address}: no Ray cluster answers there{why}; start one with `ray start --head`, or give "
                             "--address http://HOST:8265 of one that runs") from None
         here = {"Ray": ray.__version__, "Python": "{}.{}.{}".format(*sys.version_info[:3])}

@@ -67,6 +67,8 @@ class ClusterConfig:
                             "start_timeout_s long, not refused")
     dashboard: bool = opt(False, "serve Ray's dashboard (loopback) from a local Ray")
     start_timeout_s: float = opt(300.0, "deadline for resources and for each role to start, seconds", gt=0)
+    queue_timeout_s: float | None = opt(None, "how long to wait for resources that other runs use, seconds (null: "
+                                        "start_timeout_s)", gt=0)
     call_timeout_s: float = opt(1800.0, "deadline of any single remote call, seconds", gt=0)
     heartbeat_s: float = opt(2.0, "every actor is asked for a sign of life so often, seconds", gt=0)
     heartbeat_timeout_s: float = opt(60.0, "an actor silent for so long hangs: it is killed, seconds", gt=0)

@@ -28,7 +28,7 @@ class Paths:
 
     def __init__(self, cfg: Config):
         self.root = Path(cfg.output_dir).absolute()  # actors have working directories of their own
-        if not Path(cfg.output_dir).is_absolute() and JOB_DIRECTORIES in Path.cwd().parts:
+        if JOB_DIRECTORIES in self.root.parts:
             raise UserError(f"output_dir={cfg.output_dir} would lie in the working directory of this Ray job, which "
                             "Ray deletes: give an absolute path that every node has (`rlhf-ray submit` does it by "
                             "itself)")

@@ -39,6 +39,7 @@ from rlhf_ray.versions import find
 COMMANDS = (*STAGES, "pipeline")
 INTERRUPTED = 130  # as a shell has it
 NOT_FOUND = 127
+QUEUE_S = 7 * 24 * 3600.0  # a job of a sweep waits so long for its turn
 _LOOK_S = 2.0  # how often several jobs are looked at
 
 
@@ -84,7 +85,8 @@ def submit(words: Sequence[str], config_dirs: Sequence[str], address: str | None
 def plan(words: Sequence[str], config_dirs: Sequence[str], sweep: bool, root: Path) -> list[Job]:
     """The jobs, their configurations checked. Raises UserError.
 
-    output_dir becomes absolute, for a job runs in a directory of Ray's own; each run of a sweep gets one below it.
+    output_dir becomes absolute, for a job runs in a directory of Ray's own; each run of a sweep gets one below it, and
+    waits for its turn where not all find room at once.
     """
     if not words or words[0] not in COMMANDS:
         said = f"unknown stage {words[0]!r}" if words else "no stage"
@@ -99,12 +101,13 @@ def plan(words: Sequence[str], config_dirs: Sequence[str], sweep: bool, root: Pa
         except UserError as error:
             raise UserError("\n".join(f"{variant}: {line}" if variant else line
                                       for line in str(error).splitlines())) from error
-        directory = Path(os.path.normpath(root / cfg.output_dir))
-        if variant:
-            directory /= variant.replace("/", "-")
-        cfg.output_dir = str(directory)
+        where = cfg.output_dir if "://" in cfg.output_dir else os.path.normpath(root / cfg.output_dir)
+        cfg.output_dir = f"{where}/{variant.replace('/', '-')}" if variant else where
         kept = [text for text in overrides if not re.match(r"\+*output_dir=", text)]
-        jobs.append(Job(stage, variant, (*kept, f"output_dir={quoted(cfg.output_dir)}"), cfg, job_id(stage, directory)))
+        if variant and cfg.cluster.queue_timeout_s is None:  # its sisters may be there first
+            cfg.cluster.queue_timeout_s = QUEUE_S
+            kept.append(f"cluster.queue_timeout_s={QUEUE_S}")
+        jobs.append(Job(stage, variant, (*kept, f"output_dir={quoted(cfg.output_dir)}"), cfg, job_id(stage, cfg)))
     return jobs
 
 
@@ -162,9 +165,9 @@ def metadata(job: Job) -> dict[str, str]:
     return {"stage": job.stage, "run": Path(job.cfg.output_dir).name, "rlhf_ray": find("rlhf-ray") or "a checkout"}
 
 
-def job_id(stage: str, directory: Path) -> str:
+def job_id(stage: str, cfg: Config) -> str:
     """Readable, and one of its kind: it names files and is part of URLs."""
-    run = re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.name)[:40].strip("-.")
+    run = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(cfg.output_dir).name)[:40].strip("-.")
     return f"rlhf-{stage}-{run}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
