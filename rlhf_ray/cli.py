@@ -26,6 +26,7 @@ STAGES = {
     "dpo": "train the policy on the rankings directly (DPO); instead of rm and ppo",
     "eval": "compare the policy with SFT and base; report.json and report.html",
     "pipeline": "all stages of the recipe in order, skipping what is done and unchanged",
+    "submit": "run a stage, or the pipeline, as a job of a running Ray cluster, and follow it",
     "export": "write a stage's model, or a checkpoint of ppo, as a Hugging Face directory with a model card",
     "scale": "more or fewer generators for a ppo stage that is under way",
     "watch": "a live view of a run in the terminal: `watch RUN`, its output_dir, or `watch job:SUBMISSION_ID`",
@@ -37,7 +38,12 @@ examples:
   rlhf-ray ppo algorithm.kl_coef=0.05 ppo.iterations=20 one stage of it, with overrides
   rlhf-ray ppo --cfg job                                print every option with its value; run nothing
   rlhf-ray pipeline experiment=hf_8gpu data.demonstrations=demos.jsonl ...
-  rlhf-ray sft experiment=null data=files data.demonstrations=demos.jsonl model.path=DIR"""
+  rlhf-ray sft experiment=null data=files data.demonstrations=demos.jsonl model.path=DIR
+  rlhf-ray submit pipeline -m seed=1,2,3                a job each on the Ray cluster of this machine"""
+SUBMIT_OPTIONS = """\
+  --address URL     the dashboard of the cluster, also for `watch job:ID` (RAY_API_SERVER_ADDRESS, else http://127.0.0.1:8265)
+  --no-wait         do not follow the job
+  -m, --multirun    a job for each choice of KEY=A,B,C, in a directory of its own below output_dir"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,8 +80,10 @@ def _command(argv: list[str]) -> int:
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--cfg", choices=["job"])
-    parser.add_argument("--address", metavar="URL")
     parser.add_argument("--config-dir", action="append", default=[], metavar="DIR")
+    parser.add_argument("--address")
+    parser.add_argument("--no-wait", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
     args, rest = parser.parse_known_args(argv)  # so that options may stand before, between or after the overrides
     options = [word for word in rest if word.startswith("-")]
     if options:
@@ -90,23 +98,30 @@ def _command(argv: list[str]) -> int:
         near = difflib.get_close_matches(stage, STAGES, n=1)
         raise UserError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}"
                         + (f"; did you mean {near[0]}?" if near else ""))
+    watched = overrides.pop(0) if stage == "watch" and overrides and "=" not in overrides[0] else None
+    job = watched.removeprefix("job:") if watched and watched.startswith("job:") else None
+    for option in ("address", "no_wait", "multirun"):
+        if getattr(args, option) and stage != "submit" and not (option == "address" and job):
+            raise UserError(f"--{option.replace('_', '-')} is an option of `rlhf-ray submit`"
+                            + (" and `rlhf-ray watch job:SUBMISSION_ID`" if option == "address" else ""))
     if args.help or stage is None:
         print(_help(stage), file=sys.stdout if args.help else sys.stderr)
         return 0 if args.help else 2
-    watched = overrides.pop(0) if stage == "watch" and overrides and "=" not in overrides[0] else None
-    if watched and watched.startswith("job:"):
+    if job:
         from rlhf_ray.stages.watch import run_job
 
-        run_job(watched.removeprefix("job:"), args.address)
+        run_job(job, args.address)
         return 0
-    if args.address:
-        raise UserError("--address goes with `rlhf-ray watch job:SUBMISSION_ID`; a run joins a cluster by "
-                        "cluster.address")
+    if args.cfg:
+        print(to_yaml(compose(overrides[stage == "submit":], args.config_dir)), end="")
+        return 0
+    if stage == "submit":
+        from rlhf_ray.stages.submit import submit
+
+        signal.signal(signal.SIGTERM, _terminate)
+        return submit(overrides, args.config_dir, args.address, args.multirun, not args.no_wait)
     cfg = compose(overrides, args.config_dir)
     cfg.output_dir = watched or cfg.output_dir
-    if args.cfg:
-        print(to_yaml(cfg), end="")
-        return 0
     validate(cfg, stage)
     check_model(cfg, stage)
     if stages_of(cfg, stage):
@@ -119,6 +134,8 @@ def _command(argv: list[str]) -> int:
 
         check_online()
     signal.signal(signal.SIGTERM, _terminate)
+    if stages_of(cfg, stage):
+        print(f"{stage}: output_dir={cfg.output_dir}", flush=True)  # what comes next are seconds of imports
     importlib.import_module(f"rlhf_ray.stages.{stage}").run(cfg)
     return 0
 
@@ -128,7 +145,8 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def _help(stage: str | None) -> str:
-    lines = [f"usage: rlhf-ray {stage or 'STAGE'} [KEY=VALUE ...] [--cfg job] [--config-dir DIR]", ""]
+    words = {None: "STAGE", "submit": "submit [OPTIONS] STAGE"}.get(stage, stage)
+    lines = [f"usage: rlhf-ray {words} [KEY=VALUE ...] [--cfg job] [--config-dir DIR]", ""]
     if stage:
         lines += [f"{stage}: {STAGES[stage]}", ""]
     else:
@@ -138,9 +156,9 @@ def _help(stage: str | None) -> str:
     for file in sorted((conf_dir() / "experiment").glob("*.yaml")):
         # The line under `# @package _global_` says what the recipe is.
         lines.append(f"  {file.stem:<12} {file.read_text(encoding='utf-8').splitlines()[1].lstrip('# ')}")
-    lines += ["", "options:",
+    lines += ["", *(["options of submit:", SUBMIT_OPTIONS, ""] if stage in (None, "submit", "watch") else []),
+              "options:",
               "  --cfg job         print the composed configuration as YAML and stop",
-              "  --address URL     watch job:ID: the cluster's dashboard (default: RAY_ADDRESS, http://127.0.0.1:8265)",
               "  --config-dir DIR  more group options of your own: DIR/experiment/NAME.yaml; may be repeated",
               "  --version         print the version and stop",
               "  -h, --help        with a stage: about that stage", "", EXAMPLES]

@@ -58,7 +58,7 @@ def test_cfg_job(experiment: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("argv", "says"), [
     (["pppo"], "unknown stage 'pppo'; stages are pretrain, sft"),
-    (["ppo", "--multirun"], "unknown option --multirun"),
+    (["ppo", "--multirrun"], "unknown option --multirrun"),
     (["ppo", "--cfg", "all"], "invalid choice: 'all'"),
     (["ppo", "algorithm.klcoef=1"], "did you mean algorithm.kl_coef?"),
     (["ppo", "algorithm.kl_coef=-1"], "algorithm.kl_coef=-1.0: must be >= 0"),

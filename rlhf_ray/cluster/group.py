@@ -17,17 +17,19 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.cluster.health import HEALTH, Health, Member
 from rlhf_ray.cluster.post_mortem import write_post_mortem
+from rlhf_ray.cluster.preflight import check_nodes
 from rlhf_ray.cluster.role import Role
-from rlhf_ray.cluster.runtime import nodes
+from rlhf_ray.cluster.runtime import address_of, nodes
 from rlhf_ray.config.schema import ClusterConfig
 from rlhf_ray.core.layout import Bundle, Layout, Share
 from rlhf_ray.core.packing import shortfall
 from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.metrics.progress import console
 
 # Nothing that runs in a role asks a hub or a usage server for anything.
 _ROLE_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -135,6 +137,7 @@ def free_port() -> int:
 
 IO = "io"  # the concurrency group of what may run beside an actor's work
 _GRACE_S = 5.0
+_SOON_S = 10.0  # whoever waits longer for resources is told so
 _CASTS = itertools.count(1)  # names of actors are unique in a run: a killed one frees its name only later
 
 
@@ -193,12 +196,27 @@ class Cast:
             raise UserError(f"{missing}\n  lower roles.*.replicas, ranks, cpus or gpus, or add nodes")
         bundles = [_resources(b) for b in self.layout.bundles]
         self._placement = placement_group(bundles, strategy=self.cfg.strategy)
-        if not self._placement.wait(self.cfg.start_timeout_s):
-            remove_placement_group(self._placement)
-            raise UserError(f"no resources within cluster.start_timeout_s={self.cfg.start_timeout_s:.0f} s: asked for "
-                            f"{bundles}, free now {ray.available_resources()}; is another run using the cluster?")
+        try:
+            self._wait_for_resources(self._placement)
+            if address_of(self.cfg) != "local":
+                check_nodes(placement_group_table(self._placement)["bundles_to_node_id"].values(), self.directory,
+                            self.cfg.start_timeout_s)
+        except BaseException:
+            self._end()
+            raise
         self.health.start()
         return self
+
+    def _wait_for_resources(self, placement: PlacementGroup) -> None:
+        limit = self.cfg.queue_timeout_s or self.cfg.start_timeout_s
+        if placement.wait(min(limit, _SOON_S)):
+            return
+        wanted = f"asked for {self.layout.total_cpus:g} cpus and {self.layout.total_gpus:g} gpus in bundles"
+        console.print(f"waiting for resources, up to {limit:.0f} s: {wanted}", markup=False)
+        if not placement.wait(max(0.0, limit - _SOON_S)):
+            key = "queue_timeout_s" if self.cfg.queue_timeout_s else "start_timeout_s"
+            raise UserError(f"no resources within cluster.{key}={limit:.0f} s: {wanted}, free now "
+                            f"{ray.available_resources()}; is another run using the cluster?")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

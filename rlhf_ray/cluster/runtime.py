@@ -1,5 +1,7 @@
 """Ray: start a private one or join a cluster, and leave nothing behind."""
 
+from __future__ import annotations
+
 import logging
 import math
 import os
@@ -8,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.exceptions import AuthenticationError
 
 from rlhf_ray.cluster.job import told
 from rlhf_ray.config.schema import ClusterConfig, Config
@@ -46,13 +50,26 @@ def session(cfg: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def address_of(cluster: ClusterConfig) -> str:
+    """`local`, or where the cluster is that is joined: in a Ray job by itself the job's."""
+    in_job = RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ  # which a job's driver has, and nobody else
+    return "auto" if cluster.address == "local" and in_job else cluster.address
+
+
 def _connect(cluster: ClusterConfig, cfg: Config) -> None:
-    if cluster.address != "local":
+    address = address_of(cluster)
+    if address != "local":
         try:
-            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there; start one with "
-                            "`ray start --head`, or set cluster.address=local") from error
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, AuthenticationError) as error:
+            raise UserError(f"cluster.address={address}: no Ray cluster answers there, or it refuses the token "
+                            "(~/.ray/auth_token must be that of the cluster's head); start one with `ray start "
+                            "--head`, or set cluster.address=local") from error
+        except RuntimeError as error:
+            if "Version mismatch" not in str(error):
+                raise
+            raise UserError(f"cluster.address={address}: {' '.join(str(error).split())}; use the same Ray and the "
+                            "same Python on both") from error
         return
     ray.init(  # with token authentication, which is Ray's default
         address="local",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import reduce
+from itertools import product
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -91,6 +92,28 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[str | Path] = ()) -> 
     return cfg
 
 
+def expand(overrides: Sequence[str]) -> list[tuple[list[str], str]]:
+    """The runs of a sweep (`seed=1,2,3`): of each its overrides, and a name as Hydra makes it: `algorithm=ppo,seed=1`.
+
+    One run with an empty name where nothing is swept. Raises UserError for what is no override, or no finite choice.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, choices = OverridesParser.create(), list[list[str]]()
+    for text in overrides:
+        try:
+            parsed = parser.parse_override(text)
+            swept = [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()] \
+                if parsed.is_sweep_override() else [text]
+        except (HydraException, AssertionError) as error:
+            raise UserError(f"override {text!r} is neither KEY=VALUE nor a finite choice, KEY=A,B,C, in Hydra's "
+                            "syntax") from error
+        choices.append(swept)
+    return [(list(run), ",".join(sorted(text for text, values in zip(run, choices, strict=True) if len(values) > 1)))
+            for run in product(*choices)]
+
+
 def asset_dir(name: str) -> str:
     """Where `assets://NAME` is: a directory of the package."""
     return str(Path(__file__).resolve().parents[1] / "assets" / name)
@@ -125,7 +148,7 @@ def _checked(overrides: Sequence[str], options: dict[str, list[str]]) -> list[st
         key = parsed.key_or_group
         if parsed.is_sweep_override():
             raise UserError(f"override {text!r} has several values, but one run takes one; for a list write "
-                            f"{key}=[a,b]")
+                            f"{key}=[a,b], for a job each `rlhf-ray submit -m`")
         if key in options:
             value = parsed.value()
             if value is None and not parsed.is_delete():

@@ -53,8 +53,8 @@ class DataConfig:
 
 @dataclass
 class ClusterConfig:
-    address: str = opt("local", "`local` starts a private Ray on this machine; `auto` or host:port joins a "
-                       "cluster")
+    address: str = opt("local", "`local` starts a private Ray on this machine, or joins the cluster whose Ray job this "
+                       "is; `auto` or host:port joins a cluster")
     num_cpus: int | None = opt(None, "CPU slots a local Ray offers (null: what the roles ask for; they are "
                                "shares of the machine, not cores)", ge=1)
     object_store_gib: float = opt(0.5, "object store of a local Ray, GiB", gt=0)
@@ -67,6 +67,8 @@ class ClusterConfig:
                             "start_timeout_s long, not refused")
     dashboard: bool = opt(False, "serve Ray's dashboard (loopback) from a local Ray")
     start_timeout_s: float = opt(300.0, "deadline for resources and for each role to start, seconds", gt=0)
+    queue_timeout_s: float | None = opt(None, "how long to wait for resources that other runs use, seconds (null: "
+                                        "start_timeout_s)", gt=0)
     call_timeout_s: float = opt(1800.0, "deadline of any single remote call, seconds", gt=0)
     heartbeat_s: float = opt(2.0, "every actor is asked for a sign of life so often, seconds", gt=0)
     heartbeat_timeout_s: float = opt(60.0, "an actor silent for so long hangs: it is killed, seconds", gt=0)

@@ -295,16 +295,22 @@ def _reasoning_data(task: str, seed: int) -> ReasoningData:
     return ReasoningData(task, seed)
 
 
-def check_paths(cfg: DataConfig, stage: str) -> None:
-    """Before anything starts: the files that a stage reads are named and exist. Reads nothing.
-
-    Raises UserError naming the key.
-    """
+def paths_of(cfg: DataConfig, stage: str) -> dict[str, Path]:
+    """Key -> file, of all that a stage reads from files. Reads nothing. Raises UserError for a key that is not set."""
     keys = STAGE_DATA.get(stage, []) if cfg.source == "files" else []
+    found = {}
     for key in [*keys, *MAY_NEED.get(stage, [])]:
         source = getattr(cfg, key)
         if source is None:
             if key in keys:
                 raise UserError(f"data.{key} is not set, and {stage} needs it: give a path or hf://NAME")
-        elif not source.startswith("hf://") and not Path(source).is_file():
-            raise UserError(f"data.{key}={source}: no such file")
+        elif not source.startswith("hf://"):
+            found[f"data.{key}"] = Path(source)
+    return found
+
+
+def check_paths(cfg: DataConfig, stage: str) -> None:
+    """Before anything starts: the files that a stage reads are named and exist. Raises UserError naming the key."""
+    for key, path in paths_of(cfg, stage).items():
+        if not path.is_file():
+            raise UserError(f"{key}={path}: no such file")

@@ -20,12 +20,18 @@ from rlhf_ray.stages.lock import locked
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.identity import check_same_run, identity_of
 
+JOB_DIRECTORIES = "working_dir_files"  # where Ray unpacks what came along with a job
+
 
 class Paths:
     """Where the stages of a run keep what they make."""
 
     def __init__(self, cfg: Config):
         self.root = Path(cfg.output_dir).absolute()  # actors have working directories of their own
+        if JOB_DIRECTORIES in self.root.parts:
+            raise UserError(f"output_dir={cfg.output_dir} would lie in the working directory of this Ray job, which "
+                            "Ray deletes: give an absolute path that every node has (`rlhf-ray submit` does it by "
+                            "itself)")
         self._pretrains = "pretrain" in cfg.stages
         local = Path(cfg.model.path)
         self._base = str(local.absolute()) if local.exists() else cfg.model.path

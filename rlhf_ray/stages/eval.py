@@ -83,7 +83,7 @@ def evaluate(cfg: Config, record: StageRecord) -> None:
     judge = judge_of(task_data, kept, [render_prompt(p, cfg.data.template, tokenizer) for p in kept], scored)
     blocks = token_blocks(task_data.eval_texts(), tokenizer, cfg.model.max_length)
     blocks = some_blocks(blocks, cfg.eval.loss_blocks, cfg.seed)
-    layout = roles.layout_of(cfg, ["generator", "reference", *(["reward"] if scored else [])])
+    layout = roles.layout_of(cfg, [role for role in roles.roles_of(cfg, "eval") if scored or role != "reward"])
     with session(cfg), Cast(layout, cfg.cluster, paths.stage("eval")) as cast:
         generators = roles.generators(cast, cfg, models["sft"], ray.put(prompts), roles.sync_backend(cfg))
         scorers = roles.reference_models(cast, cfg, models["sft"])

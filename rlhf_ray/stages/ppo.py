@@ -9,7 +9,6 @@ from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
-from rlhf_ray.core.algorithms.registry import ALGORITHMS
 from rlhf_ray.core.types import PromptTexts
 from rlhf_ray.data.blocks import token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
@@ -46,11 +45,9 @@ def run(cfg: Config) -> None:
         kept, prompts, dropped = encode_prompts(task_data.ppo_prompts(), cfg.data, tokenizer)
         texts = PromptTexts(tuple(render_prompt(x, cfg.data.template, tokenizer) for x in kept),
                             tuple(x.metadata for x in kept))
-        backend, watched = roles.sync_backend(cfg), task_data.judge() is not None
-        has_critic = ALGORITHMS[cfg.algorithm.name].critic
-        sources = [roles.reward_role(cfg, i) for i in range(len(cfg.reward.sources))]
-        layout = roles.layout_of(cfg, ["policy", *(["critic"] if has_critic else []), "generator", *sources,
-                                       "reference", *(["judge"] if watched else [])])
+        backend, names = roles.sync_backend(cfg), roles.roles_of(cfg, "ppo")
+        has_critic, watched = "critic" in names, "judge" in names
+        layout = roles.layout_of(cfg, names)
         models = {"sft": paths.sft, **({"rm": paths.reward} if roles.MODEL in cfg.reward.sources else {})}
         checkpoints, checkpoint = resumed(cfg, record, models, p.iterations)
         directory, log = paths.stage("ppo"), cfg.logging

@@ -49,10 +49,12 @@ def run(cfg: Config) -> None:
 
 
 def run_job(submission_id: str, address: str | None) -> None:
-    """The same of a run on any machine, from what its Ray job tells. address: of the job API (None: Ray's default)."""
-    from rlhf_ray.cluster.job import Job  # imports ray
+    """The same of a run on any machine, from what its Ray job tells. address: of the dashboard (None: where `ray job`
+    looks)."""
+    from rlhf_ray.cluster.job import Job  # they import ray
+    from rlhf_ray.cluster.submission import find_address
 
-    show(Job(submission_id, address).read, list)
+    show(Job(submission_id, find_address(address)).read, list)
 
 
 def show(read: Callable[[float], Overview], sizes: Callable[[], list[int]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,16 @@ from rlhf_ray.actors.policy import PolicyLearner, Sampling
 from rlhf_ray.actors.rewards import RewardFunction, RewardService
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Cast, Group
-from rlhf_ray.cluster.runtime import JUDGE_CPUS
 from rlhf_ray.config.reward_sources import SERVICE
 from rlhf_ray.config.schema import Config
-from rlhf_ray.core.layout import Layout, RoleRequest, check_sync_backend, default_sync_backend, plan_layout
+from rlhf_ray.core.layout import check_sync_backend, default_sync_backend
 from rlhf_ray.core.types import PromptTexts
 from rlhf_ray.engines.learner import Rank
 from rlhf_ray.errors import UserError
-
-MODEL = "model"  # the entry of reward.sources that is the reward model
-
-
-def layout_of(cfg: Config, roles: Sequence[str]) -> Layout:
-    """The placement of the named roles. Raises UserError when the numbers contradict each other."""
-    r = cfg.roles
-    requests = {
-        "policy": RoleRequest(r.policy.ranks, r.policy.cpus, r.policy.gpus),
-        "critic": RoleRequest(r.critic.ranks, r.critic.cpus, r.critic.gpus),
-        "generator": RoleRequest(r.generator.replicas, r.generator.cpus,
-                                 r.generator.gpus * r.generator.tensor_parallel_size),
-        **{reward_role(cfg, i): RoleRequest(r.reward.replicas, r.reward.cpus) for i in range(len(cfg.reward.sources))},
-        "reward": RoleRequest(r.reward.replicas, r.reward.cpus, r.reward.gpus),
-        "reference": RoleRequest(r.reference.replicas, r.reference.cpus, r.reference.gpus),
-        "judge": RoleRequest(1, JUDGE_CPUS),
-        "supervised": RoleRequest(r.supervised.ranks, r.supervised.cpus, r.supervised.gpus),
-    }
-    try:
-        return plan_layout({role: requests[role] for role in roles}, cfg.cluster.placement)
-    except ValueError as error:
-        raise UserError(f"roles and cluster.placement={cfg.cluster.placement} do not go together: {error}") from error
+from rlhf_ray.train.stage_roles import MODEL as MODEL
+from rlhf_ray.train.stage_roles import layout_of as layout_of
+from rlhf_ray.train.stage_roles import reward_role as reward_role
+from rlhf_ray.train.stage_roles import roles_of as roles_of
 
 
 def sync_backend(cfg: Config) -> str:
@@ -89,11 +69,6 @@ def reference_models(cast: Cast, cfg: Config, path: str) -> Group:
 
 def judge(cast: Cast, tokenizer_path: str, classifier: Any) -> Group:
     return cast.start(Judge, "judge", [(tokenizer_path, ray.put(classifier))], 1)
-
-
-def reward_role(cfg: Config, i: int) -> str:
-    """The name of the role of the i-th entry of reward.sources: `reward` for the model, else reward_1, reward_2, ..."""
-    return "reward" if cfg.reward.sources[i] == MODEL else f"reward_{i + 1}"
 
 
 def reward_sources(cast: Cast, cfg: Config, model_path: str, tokenizer_path: str, prompts: PromptTexts) -> list[Group]:

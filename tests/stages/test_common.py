@@ -73,3 +73,13 @@ def test_a_record_stays_until_what_it_tells_of_is_replaced(begun: bool, tmp_path
         record.started = begun
         raise UserError("rm has to run first")
     assert stage_record(cfg, "ppo") == (None if begun else {"seconds": 3.0})
+
+
+def test_nothing_is_kept_where_ray_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray job with a working directory runs in Ray's copy of it."""
+    copy = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_0123"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match="output_dir=outputs/run would lie in the working directory of this Ray job"):
+        Paths(Config(output_dir="outputs/run"))
+    assert Paths(Config(output_dir=str(tmp_path / "run"))).root == tmp_path / "run"

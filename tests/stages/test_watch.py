@@ -162,7 +162,7 @@ def test_a_run_by_its_directory_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert cli.main(["watch", f"{tmp_path}/a b,c"]) == 0
     assert f"run {tmp_path}/a b,c"[:79] in capsys.readouterr().out
     assert cli.main(["watch", f"{tmp_path}/none", "--address", "http://127.0.0.1:8265"]) == 2
-    assert "--address goes with `rlhf-ray watch job:" in capsys.readouterr().err
+    assert "--address is an option of `rlhf-ray submit` and `rlhf-ray watch job:" in capsys.readouterr().err
 
 
 def test_without_a_model_or_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
