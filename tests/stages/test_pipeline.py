@@ -60,7 +60,7 @@ ALL = ["sft", "compare", "rm", "ppo", "eval"]
     ("rollout.temperature", 0.5, ["ppo", "eval"]),
     ("roles.policy.ranks", 2, ["ppo", "eval"]),
     ("eval.prompts", 7, ["eval"]),
-    ("logging.wandb", "offline", []),
+    ("logging.wandb", "disabled", []),
     ("output_dir", "elsewhere", []),
     ("cluster.dashboard", True, []),
 ])
