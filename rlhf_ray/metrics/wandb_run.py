@@ -108,7 +108,8 @@ class WandbRun:
             import wandb
 
             artifact = wandb.Artifact(f"policy-{self._run.id}", type="model")
-            artifact.add_dir(str(directory), skip_cache=True, policy="immutable")
+            for file in sorted(path for path in directory.iterdir() if path.is_file()):
+                artifact.add_file(str(file), skip_cache=True, policy="immutable")
             self._run.log_artifact(artifact)
 
         self._attempt(send)
