@@ -1,7 +1,7 @@
 """How a run is doing, told in the metadata of its Ray job, and read from there by whoever may ask the job API.
 
-The driver writes: a thread looks every two seconds whether the run's files have grown. Ray has no public way to change the metadata of
-a job that runs; this file alone knows the private one, and a run goes on without it.
+The driver writes: a thread looks every two seconds whether the run's files have grown. Ray has no public way to change
+the metadata of a job that runs; this file alone knows the private one, and a run goes on without it.
 """
 
 from __future__ import annotations
