@@ -1,7 +1,7 @@
 """How a run is doing, told in the metadata of its Ray job, and read from there by whoever may ask the job API.
 
-The driver writes: a thread looks at the run's files every two seconds. Ray has no public way to change the metadata of
-a job that runs; this file alone knows the private one, and a run goes on without it.
+The driver writes: a thread looks every two seconds whether the run's files have grown. Ray has no public way to change
+the metadata of a job that runs; this file alone knows the private one, and a run goes on without it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.wire import from_json, to_json
 
 OVERVIEW = "overview"  # the key of what `rlhf-ray watch` shows; the others are for people
-LOOK_S = 2.0  # how often the files are looked at
-REPEAT_S = 20.0  # told again after so long, though nothing has changed
+LOOK_S = 2.0  # how often it is looked whether a file has grown
+REPEAT_S = 10.0  # told again after so long, though none has: a stage may have begun
 _ENDED = {"SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "stopped"}  # a stage that was running when it ended
 
 
@@ -55,13 +55,12 @@ def told(directory: Path) -> Iterator[None]:
 
 def _tell(job: str, files: RunFiles, stop: threading.Event) -> None:
     name, told_at = files.directory.absolute().name, 0.0
-    before: Any = None
+    before: list[int] | None = None
     try:
-        while not before or not stop.is_set():
-            overview = files.read(time.time())
-            now = files.sizes(), [stage.state for stage in overview.stages]
+        while before is None or not stop.is_set():
+            now = files.sizes()
             if now != before or time.monotonic() - told_at > REPEAT_S:
-                if not _put(job, name, words(overview)):
+                if not _put(job, name, words(files.read(time.time()))):
                     return
                 before, told_at = now, time.monotonic()
             stop.wait(LOOK_S)

@@ -24,22 +24,37 @@ _COLUMNS = ("iteration", "score", "prompt", "response", "tokens", "truncated")
 
 
 def check_online() -> None:
-    """Raise UserError, with what to do, unless the server takes the API key. Takes 10 s if nobody answers."""
-    wandb = _wandb(None)
+    """Raise UserError, with what to do, unless there is an API key that the server takes; 10 s if nobody answers.
+
+    wandb's own check of a key starts its process, and waits for it longer than anybody would.
+    """
+    import httpx
+
+    errors = _wandb(None).errors
+    from wandb.sdk import wandb_setup
     from wandb.sdk.lib import wbauth
 
-    url = wandb.setup().settings.base_url
+    url = wandb_setup.singleton().settings.base_url
     otherwise = "or take logging.wandb=offline and send the run later, with `wandb sync`"
     try:
-        found = wbauth.authenticate_session(host=url, source="rlhf-ray", prompt=False, verify=True)
-    except wandb.errors.Error as error:
-        raise UserError(f"logging.wandb=online: {_line(error)}; check WANDB_API_KEY, WANDB_BASE_URL and the network, "
-                        f"{otherwise}") from error
-    finally:
-        wandb.teardown()
+        found = wbauth.authenticate_session(host=url, source="rlhf-ray", prompt=False)
+    except errors.Error as error:
+        raise UserError(f"logging.wandb=online: {_line(error)}; mend that, {otherwise}") from error
     if found is None:
         raise UserError(f"logging.wandb=online: no API key for {url}: run `wandb login` or set WANDB_API_KEY, "
                         f"{otherwise}")
+    if not isinstance(found, wbauth.AuthApiKey):
+        return
+    try:
+        answer = httpx.post(f"{url}/graphql", auth=("api", found.api_key), json={"query": "query { viewer { id } }"},
+                            timeout=10)
+        taken = answer.status_code == 200 and (answer.json().get("data") or {}).get("viewer")
+    except (httpx.HTTPError, ValueError) as error:
+        raise UserError(f"logging.wandb=online: {url}: {_line(error)}; look at WANDB_BASE_URL and the network, "
+                        f"{otherwise}") from error
+    if not taken:
+        raise UserError(f"logging.wandb=online: {url} does not take the API key: run `wandb login --relogin` or set "
+                        f"WANDB_API_KEY, {otherwise}")
 
 
 class WandbRun:
@@ -93,7 +108,8 @@ class WandbRun:
             import wandb
 
             artifact = wandb.Artifact(f"policy-{self._run.id}", type="model")
-            artifact.add_dir(str(directory), skip_cache=True, policy="immutable")
+            for file in sorted(path for path in directory.iterdir() if path.is_file()):
+                artifact.add_file(str(file), skip_cache=True, policy="immutable")
             self._run.log_artifact(artifact)
 
         self._attempt(send)

@@ -1,11 +1,15 @@
 """wandb offline, with the real library: what is kept, how much, and that nobody is called."""
 
+import base64
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,22 +148,67 @@ def test_offline_nobody_is_called(tmp_path: Path) -> None:
     assert not [line for line in calls if "connect(" in line and "AF_UNIX" not in line]
 
 
-@pytest.mark.parametrize(("key", "says"), [
-    (None, "logging.wandb=online: no API key for http://127.0.0.1:9: run `wandb login` or set WANDB_API_KEY, or take "
-           "logging.wandb=offline"),
-    ("short", "logging.wandb=online: WANDB_API_KEY invalid: API key must have 40+ characters"),
-    ("x" * 40, "logging.wandb=online: Failed to authenticate with http://127.0.0.1:9"),
-])
-def test_online_without_a_server_that_takes_the_key_is_one_line(key: str | None, says: str, tmp_path: Path) -> None:
-    """Before anything starts; the key itself is never shown."""
-    env = {**os.environ, "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_HTTP_TIMEOUT": "3",
+# --- online ---
+
+KEY = "x" * 40
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[str]]]:
+    """(address, the keys that it takes)."""
+    takes: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            key = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode().removeprefix("api:")
+            answer = json.dumps({"data": {"viewer": {"id": "ann"} if key in takes else None}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", takes
+        found.shutdown()
+
+
+def checked(home: Path, address: str, key: str | None) -> subprocess.CompletedProcess[str]:
+    """`check_online` as a user sees it who has no account elsewhere."""
+    env = {**os.environ, "HOME": str(home), "WANDB_BASE_URL": address, "no_proxy": "127.0.0.1",
            **({"WANDB_API_KEY": key} if key else {})}
     code = ("import sys; from rlhf_ray import cli; from rlhf_ray.metrics import wandb_run\n"
-            "cli._command = lambda argv: wandb_run.check_online()\n"
+            "cli._command = lambda argv: wandb_run.check_online() or 0\n"
             "sys.exit(cli.main([]))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, text=True, capture_output=True, timeout=60,
                           check=False, stdin=subprocess.DEVNULL)
+    assert "Traceback" not in done.stderr and not (key and key in done.stderr + done.stdout)
+    return done
+
+
+@pytest.mark.parametrize(("key", "says"), [
+    (None, "no API key for {}: run `wandb login` or set WANDB_API_KEY, or take logging.wandb=offline and send"),
+    ("short", "WANDB_API_KEY invalid: API key must have 40+ characters, has 5.; mend that, or take logging.wandb=off"),
+    (KEY, "{} does not take the API key: run `wandb login --relogin` or set WANDB_API_KEY, or take logging.wandb=off"),
+])
+def test_online_with_no_good_key_is_one_line(key: str | None, says: str, tmp_path: Path,
+                                             server: tuple[str, list[str]]) -> None:
+    """The key itself is never shown."""
+    done = checked(tmp_path, server[0], key)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"rlhf-ray: error: {says}"), done.stderr
-    assert not key or key not in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"rlhf-ray: error: logging.wandb=online: {says.format(server[0])}")
+
+
+def test_online_without_a_server_is_one_line(tmp_path: Path) -> None:
+    done = checked(tmp_path, "http://127.0.0.1:9", KEY)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("rlhf-ray: error: logging.wandb=online: http://127.0.0.1:9: ")
+
+
+def test_a_key_that_the_server_takes(tmp_path: Path, server: tuple[str, list[str]]) -> None:
+    server[1].append(KEY)
+    assert checked(tmp_path, server[0], KEY).returncode == 0
