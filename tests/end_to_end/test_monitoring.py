@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from deploy.test_monitoring import DIRECTORY, EXPRESSIONS, PROMETHEUS, RULES
-from end_to_end.small import earlier_stages, ppo_config
+from end_to_end.small import earlier_stages, ppo_config, until
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.load import compose
 from rlhf_ray.config.schema import Config
@@ -25,14 +25,6 @@ from rlhf_ray.metrics.gauges import PREFIX, RUN, TABLE, Gauges
 from rlhf_ray.stages import ppo
 
 ITERATION, RESTARTS, RUNNING = (PREFIX + TABLE[key].name for key in ("iteration", "restarts", "running"))
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 90.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, what
-        time.sleep(0.5)
-    return found
 
 
 class Prometheus:
