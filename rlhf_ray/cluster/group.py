@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +138,7 @@ def free_port() -> int:
 IO = "io"  # the concurrency group of what may run beside an actor's work
 _GRACE_S = 5.0
 _SOON_S = 10.0  # whoever waits longer for resources is told so
+_LET_GO_S = 10.0
 _CASTS = itertools.count(1)  # names of actors are unique in a run: a killed one frees its name only later
 
 
@@ -299,6 +300,18 @@ class Cast:
         while not (gone := self.health.look()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return gone
+
+    def stuck(self, roles: Collection[str]) -> list[Member]:
+        """Those of these groups who do not end in a few seconds what they are at; they are killed.
+
+        Whoever is in a collective with one that is lost may not hear of it: a host without power closes no connection.
+        """
+        asked = {self._actors[m.role, m.index].describe.remote(): m for m in self.health.members.values()
+                 if m.role in roles and m.started_at and not m.gone}
+        late = ray.wait(list(asked), num_returns=len(asked), timeout=_LET_GO_S)[1] if asked else []
+        for ref in late:
+            self.health.kill(asked[ref].name, "hung", f"at work {_LET_GO_S:.0f} s after others of its group were lost")
+        return [asked[ref] for ref in late]
 
     def replace(self, member: Member, set_up: bool = True) -> None:
         """Start a new actor in the place of one that is gone; it comes up in the background: see `ready`, and, if its

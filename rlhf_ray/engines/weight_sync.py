@@ -47,6 +47,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from rlhf_ray.core.digest import add_digests, tensor_digest
+from rlhf_ray.engines.gloo import bind_towards
 from rlhf_ray.engines.learner import Learner
 
 _CONNECT_TIMEOUT = timedelta(seconds=120)
@@ -174,6 +175,7 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 
 def _join(address: str, port: int, rank: int, world_size: int) -> Any:
+    bind_towards(address)
     return stateless_init_torch_distributed_process_group(
         address, port, rank, world_size, backend="gloo", timeout=_CONNECT_TIMEOUT
     )

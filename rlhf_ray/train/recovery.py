@@ -6,7 +6,7 @@ the same bits, whoever computes them. Whatever dies, the way back is one and the
 1. who is gone is replaced (a hang or a late answer is first made a death, see cluster.health);
 2. if learners were lost, or an update was under way, all learners go back to the newest checkpoint, and the driver's
    own state with them: prompts, KL coefficient, metrics file. Learners that live leave their broken group and join the
-   new one in the same process;
+   new one in the same process, unless they wait for who is gone and do not hear of it: they are replaced too;
 3. the wire of the weight sync is laid anew and every generator gets the learners' weights: until then a new one has no
    version, and is never asked for tokens;
 4. the iteration is tried again; shards that were finished before are kept.
@@ -143,10 +143,9 @@ class Recovery:
     def _rebuild(self, gone: list[Member], back: bool) -> None:
         learning = {group.role for group in self.learners}
         self.saver.give_up()
-        for member in gone:
+        self._broken |= learning & {member.role for member in gone}
+        for member in (*gone, *self.cast.stuck(self._broken)):
             self.restarts[member.role] += 1
-            if member.role in learning:
-                self._broken.add(member.role)
             self.cast.replace(member, set_up=member.role not in learning)
         checkpoint = self.saver.checkpoints.newest() if back else None
         for group in self.learners:

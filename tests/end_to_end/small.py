@@ -1,6 +1,8 @@
 """A model and a configuration small enough for seconds, on the real Ray, vLLM and DeepSpeed."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def ray_processes() -> set[int]:
         p.pid for p in psutil.process_iter(["cmdline"])
         if any(name in " ".join(p.info["cmdline"] or []) for name in names)
     }
+
+
+def until(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = 90.0) -> Any:
+    """Wait until the condition holds, and return it; else fail and say what."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, what if isinstance(what, str) else what()
+        time.sleep(0.3)
+    return found
 
 
 def ppo_run(

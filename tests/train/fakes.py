@@ -43,6 +43,7 @@ class Script:
             wait=lambda calls, **_: ([], calls) if self.slow else (calls, [])))
         self.notes: list[str] = []
         self.losses: list[list[str]] = []
+        self.waiting: list[str] = []  # living learners who do not hear of a loss in their group
         self.errors: dict[str, list[BaseException]] = {}
         self.arguments = {"policy": [("rank 0", "a"), ("rank 1", "b")], "critic": [("rank 0", "c")]}
         self.learners = [Group(role, [Actor(f"{role}-{i}", self) for i in range(n)], 1.0)
@@ -75,8 +76,14 @@ class Script:
     # -- as Cast has it
 
     def lost(self, error: BaseException) -> list[Member]:
-        names = [name.split("-") for name in (self.losses.pop(0) if self.losses else [])]
-        return [Member(role, int(i), f"{role}-{i}", None, gone="died") for role, i in names]
+        return self.members(self.losses.pop(0) if self.losses else [], "died")
+
+    def stuck(self, roles: set[str]) -> list[Member]:
+        return [member for member in self.members(self.waiting, "hung") if member.role in roles]
+
+    @staticmethod
+    def members(names: list[str], gone: str) -> list[Member]:
+        return [Member(role, int(i), f"{role}-{i}", None, gone=gone) for role, i in (name.split("-") for name in names)]
 
     def replace(self, member: Member, set_up: bool = True) -> None:
         self.notes.append(f"replace {member.name}" + ("" if set_up else ", to be set up with its group"))

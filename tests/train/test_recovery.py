@@ -37,6 +37,14 @@ def test_a_lost_learner_sets_its_group_up_anew_and_takes_all_learners_back(scrip
     assert script.recovery.settled
 
 
+def test_a_learner_that_waits_for_a_lost_one_is_replaced_too(script: Script) -> None:
+    script.saved(3).waiting = ["policy-0", "critic-0"]  # nobody of the critic's own group is lost
+    assert script.heal("policy-1") is True
+    assert script.notes[:3] == ["replace policy-1, to be set up with its group",
+                                "replace policy-0, to be set up with its group", "set up policy"]
+    assert script.recovery.restarts == {"policy": 2}
+
+
 def test_without_a_checkpoint_all_learners_begin_again(script: Script) -> None:
     assert script.heal("critic-0") is True
     assert script.notes == ["replace critic-0, to be set up with its group", "set up policy", "set up critic", "ready",
