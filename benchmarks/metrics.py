@@ -37,6 +37,7 @@ from rlhf_ray.metrics.recorder import Recorder, read_history
 from rlhf_ray.metrics.wandb_run import WandbRun
 from rlhf_ray.stages import ppo
 from rlhf_ray.stages.common import Paths
+from rlhf_ray.train import measures
 from rlhf_ray.train.ppo import PPOTrainer
 from rlhf_ray.train.rollout import RolloutWorkers
 from rlhf_ray.train.watch import Watch
@@ -50,7 +51,7 @@ CALLS: dict[tuple[Any, str], str] = {
     (Recorder, "log"): "files, console, gauges, wandb", (Recorder, "positions"): "files to the disk",
     (RolloutWorkers, "waiting"): "queues", (RolloutWorkers, "read"): "samples, asked for",
     (RolloutWorkers, "texts"): "samples, waited for", (RolloutWorkers, "costs"): "working times",
-    (PPOTrainer, "speeds"): "tokens per second", (Health, "memory_gib"): "memory", (Watch, "check"): "alarms",
+    (measures, "_speeds"): "tokens per second", (Health, "memory_gib"): "memory", (Watch, "check"): "alarms",
 }
 
 

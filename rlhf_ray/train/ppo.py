@@ -28,6 +28,7 @@ from rlhf_ray.metrics.recorder import Recorder
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.fleet import Fleet
 from rlhf_ray.train.interruption import Interruption
+from rlhf_ray.train.measures import measures
 from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.recovery import Recovery, Saver
 from rlhf_ray.train.roles import sync_backend
@@ -50,6 +51,13 @@ class Clock:
         with span(f"iteration {self.iteration}: {phase}"):
             yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+    def close(self, seconds: float, before: dict[str, float]) -> None:
+        """The iteration took so long; what no phase had is `other`. before: what of the checkpoint before it was not
+        done beside the work; it is taken over."""
+        self.seconds["other"] = max(0.0, seconds - sum(self.seconds.values()))
+        self.seconds |= before
+        before.clear()
 
 
 class Again(Exception):
@@ -153,23 +161,13 @@ class PPOTrainer:
         with clock("weight_sync"):
             self.push_weights(step + 1)
         judged = wait(rollouts.judged, self.policy.timeout_s, "judge")
-        seconds = time.monotonic() - started + sum(self.saving.values())
-        clock.seconds |= self.saving  # of the checkpoint before: what of it was not done beside the work
-        self.saving.clear()
-        clock.seconds["other"] = max(0.0, seconds - sum(clock.seconds.values()))
-        costs = self.workers.costs()
+        clock.close(time.monotonic() - started, self.saving)
         values = {
-            **batch.numbers, **measured, **report, "kl_coef": self.kl_coef,
-            "generators": len(self.workers.generators), "weight_version": self.version, "staleness": staleness,
-            "weight_versions": dict.fromkeys(self.workers.generators.names, self.version),  # or the push had raised
-            "waiting_calls": waiting, "empty": sum(i.empty for i in rollouts.infos),
-            "repeated_ngrams": sum(i.repeated for i in rollouts.infos) / max(1, sum(i.ngrams for i in rollouts.infos)),
-            "reward_seconds": {group.role: costs[group.role]["seconds"] for group in self.workers.rewards},
-            "reward_retries": sum(cost["retries"] for cost in costs.values()),
-            **({"judge_score": sum(s for s, _ in judged) / sum(n for _, n in judged)} if judged else {}),
-            "tokens_per_second": rollouts.response_tokens / seconds, "seconds": clock.seconds,
-            "role_tokens_per_second": self.speeds(rollouts, report, clock.seconds["update"], costs),
-            "memory_gib": self.cast.health.memory_gib(), "restarts": self.recovery.restarts.total(),
+            **batch.numbers, **measured, **report, "kl_coef": self.kl_coef, "staleness": staleness,
+            "waiting_calls": waiting, "seconds": clock.seconds, "memory_gib": self.cast.health.memory_gib(),
+            "restarts": self.recovery.restarts.total(),
+            **measures(self.workers, rollouts, judged, report, clock.seconds, self.version,
+                       self.cfg.algorithm.ppo_epochs),
         }
         self.recorder.log(step, values, samples)
         self.adapt(batch, len(rollouts.lengths))
@@ -293,20 +291,6 @@ class PPOTrainer:
         if a.kl_target is not None:
             self.kl_coef = adapted_kl_coef(self.kl_coef, batch.numbers["kl_per_sequence"], a.kl_target, responses,
                                            a.kl_horizon)
-
-    def speeds(
-        self, rollouts: Rollouts, report: Mapping[str, float], update_s: float, costs: Mapping[str, Mapping[str, float]]
-    ) -> dict[str, float]:
-        """Tokens per second of each role while it works, all its actors together.
-
-        Of generators the sampled ones; of all others prompts and responses, and of learners in every epoch.
-        """
-        groups = [self.workers.generators, *self.workers.rewards, self.workers.reference]
-        work = {role: (rollouts.tokens, cost["seconds"]) for role, cost in costs.items()}
-        work["generator"] = rollouts.response_tokens, sum(info.seconds for info in rollouts.infos)
-        speeds = {g.role: len(g) * tokens / seconds for g in groups for tokens, seconds in [work[g.role]] if seconds}
-        learnt = [role for role in ("policy", "critic") if f"{role}_grad_norm" in report]
-        return speeds | dict.fromkeys(learnt, self.cfg.algorithm.ppo_epochs * rollouts.tokens / update_s)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
