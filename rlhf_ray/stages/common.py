@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,7 @@ def fingerprints(cfg: Config) -> dict[str, str]:
     """Of every stage to run: a hash of its configuration, its data, and all stages before it,
     the base model included."""
     chain, out = f"{load_task_data(cfg.data).fingerprint()} {model_fingerprint(cfg.model.path)}", {}
+    cfg = replace(cfg, model=replace(cfg.model, path=""))  # what came along with a job is somewhere else every time
     for name in cfg.stages:
         chain = hashlib.sha256(f"{chain} {name} {config_fingerprint(cfg, DEPENDS[name])}".encode()).hexdigest()
         out[name] = chain

@@ -12,9 +12,9 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.versions import find, installed
 
 # May change between a checkpoint and the run that goes on from it: sections and keys. Files may move: what is in them
-# is in the fingerprint of the data.
+# is in the fingerprints of models and data.
 FREE = ("output_dir", "roles", "weight_sync", "cluster", "logging", "alarms", "checkpoint", "eval",
-        "ppo.iterations", *(f"data.{name}" for name in (
+        "ppo.iterations", "model.path", *(f"data.{name}" for name in (
             "demonstrations", "comparisons", "compare_prompts", "ppo_prompts", "eval_prompts", "texts", "eval_texts")))
 _COMPUTES = ("torch", "vllm", "deepspeed", "transformers", "ray")  # their versions can change the last digits
 

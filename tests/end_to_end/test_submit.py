@@ -175,15 +175,14 @@ def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_
         pytest.skip(f"mount namespaces are not permitted: {may.stderr.strip()}")
     (tmp_path / "other/rlhf_ray").mkdir(parents=True)
     (tmp_path / "other/rlhf_ray/__init__.py").write_text("")
-    nodes = [
-        head.start_node("mount -t tmpfs tmpfs $PACKAGE"),
-        head.start_node(f"export PYTHONPATH={tmp_path}/other"),
-        head.start_node(f"mount -t tmpfs tmpfs {out}"),
-        head.start_node(f"mount --bind {out} {out} && mount -o remount,ro,bind {out}"),
-    ]
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
-        wait_for(lambda: sum(node.state == "ALIVE" for node in list_nodes(head.address)) == 5, 60)
-        done = head.submit("ppo", *overrides, "cluster.strategy=SPREAD", "roles.reference.replicas=4", cwd=out)
+        for before in ("mount -t tmpfs tmpfs $PACKAGE", f"export PYTHONPATH={tmp_path}/other",
+                       f"mount -t tmpfs tmpfs {out}", f"mount --bind {out} {out} && mount -o remount,ro,bind {out}"):
+            nodes.append(head.start_node(before))
+            # One after the other: nodes that start at once on one machine are in each other's way.
+            wait_for(lambda: sum(node.state == "ALIVE" for node in list_nodes(head.address)) == len(nodes) + 1, 60)
+        done = head.submit("sft", *overrides, "roles.supervised.ranks=5", "cluster.strategy=STRICT_SPREAD", cwd=out)
     finally:
         for node in nodes:
             node.terminate()
@@ -195,7 +194,7 @@ def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_
         line, = [line for line in done.stdout.splitlines() if says in line]
         assert line.startswith("rlhf-ray: error: node ")
     assert_nothing_is_left(head)
-    assert not list((out / "ppo").glob(".seen*"))
+    assert not list((out / "sft").glob(".seen*"))
 
 
 def assert_nothing_is_left(head):

@@ -121,6 +121,18 @@ def test_another_base_model_in_the_same_place_makes_all_stale(tmp_path: Path) ->
         assert len({f[name] for f in found}) == 4
 
 
+def test_the_same_base_model_elsewhere_changes_nothing(tmp_path: Path) -> None:
+    """As when it came along with a job: every cluster unpacks it somewhere else."""
+    found = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("weights")
+        cfg = config()
+        cfg.model.path = str(tmp_path / name)
+        found.append(fingerprints(cfg))
+    assert found[0] == found[1]
+
+
 def test_done_stages_end_before_the_first_that_is_not(tmp_path: Path) -> None:
     cfg = config()
     cfg.output_dir = str(tmp_path)

@@ -332,7 +332,7 @@ def test_what_does_not_touch_the_result_may_change() -> None:
     check_same_run(identity(), with_config(
         output_dir="elsewhere", resume="never", roles__policy__ranks=3, weight_sync__bucket_mib=1.0,
         cluster__address="auto", checkpoint__keep_last=9, ppo__iterations=99, sft__epochs=7,
-        data__texts="moved.txt"), PPO)  # what is in a file is in the fingerprint of the data
+        model__path="moved", data__texts="moved.txt"), PPO)  # what is in files is in fingerprints
 
 
 def test_every_changed_key_gets_a_line() -> None:
@@ -347,7 +347,7 @@ def test_every_changed_key_gets_a_line() -> None:
         "ppo: the checkpoint is of another run: set these back, start over with resume=never, or use another "
         "output_dir",
         "ppo: what may change when a run goes on: output_dir, roles, weight_sync, cluster, logging, alarms, "
-        "checkpoint, eval, ppo.iterations, data.demonstrations, data.comparisons, data.compare_prompts, "
+        "checkpoint, eval, ppo.iterations, model.path, data.demonstrations, data.comparisons, data.compare_prompts, "
         "data.ppo_prompts, data.eval_prompts, data.texts, data.eval_texts",
     ]
 
