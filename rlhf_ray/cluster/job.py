@@ -104,18 +104,16 @@ def _put(job: str, run: str, entries: Mapping[str, str]) -> bool:
 
 
 class Job:
-    """A run on any machine, as its job tells of it. address: of the job API, http://HOST:8265 (None: as Ray finds it).
+    """A run on any machine, as its job tells of it. address: of the cluster's dashboard (None: as `find_address` does).
 
-    Raises UserError if the job API does not answer the first questions; later the last answer is given again.
+    Raises UserError if the job server does not answer the first questions; later the last answer is given again.
     """
 
     def __init__(self, submission_id: str, address: str | None) -> None:
-        from ray.job_submission import JobSubmissionClient
+        from rlhf_ray.cluster.submission import JobServer, find_address
 
-        self.id, self._address = submission_id, address
+        self.id, self._server = submission_id, JobServer(find_address(address))
         self._last: Overview | None = None
-        with self._one_line():
-            self._client = JobSubmissionClient(address)
 
     def read(self, now: float) -> Overview:
         """now: unix seconds."""
@@ -128,8 +126,7 @@ class Job:
         return self._last
 
     def _read(self, now: float) -> Overview:
-        with self._one_line():
-            details = self._client.get_job_info(self.id)
+        details = self._server.details(self.id)
         status, told = str(details.status.value), details.metadata or {}
         heard = f"job {self.id}: {status.lower()}"
         if OVERVIEW not in told:
@@ -144,13 +141,3 @@ class Job:
         stages = [replace(s, state=_ENDED[status]) if s.state == "running" else s for s in overview.stages]
         policy = overview.policy and replace(overview.policy, eta_s=None)
         return replace(overview, holder=None, stages=stages, policy=policy, heard=heard)
-
-    @contextmanager
-    def _one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, ValueError) as error:
-            where = self._address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(f"job {self.id}: asked {where}: {said}; --address is that of the cluster's dashboard, and "
-                            "a token must be the cluster's") from error

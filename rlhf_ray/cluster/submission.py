@@ -122,8 +122,15 @@ class JobServer:
         except TROUBLE as error:
             raise UserError(f"{self.address}: cannot stop job {job}: {_short(error)}") from error
 
+    def details(self, job: str) -> JobDetails:
+        """How the job is now."""
+        try:
+            return self.look(job)
+        except TROUBLE as error:
+            raise UserError(f"{self.address}: cannot look at job {job}: {_short(error)}") from error
+
     def look(self, job: str) -> JobDetails:
-        """How the job is now. Raises TROUBLE."""
+        """The same for who goes on asking: raises TROUBLE."""
         return self._client.get_job_info(job)
 
     async def pieces(self, job: str) -> AsyncGenerator[str, None]:

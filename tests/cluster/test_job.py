@@ -17,6 +17,7 @@ from ray.job_submission import JobStatus
 from metrics.runs import NOW, done, lock, running
 from rlhf_ray.cluster import job
 from rlhf_ray.cluster.job import OVERVIEW, Job, told, words
+from rlhf_ray.cluster.submission import JobServer
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.overview import RunFiles
 from rlhf_ray.metrics.wire import from_json, to_json
@@ -128,8 +129,14 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Any]:
     """A job that is watched, and what the job API says of it."""
     overview = to_json(RunFiles(running(tmp_path)).read(NOW))
     api = SimpleNamespace(status=JobStatus.RUNNING, metadata={"at": str(int(NOW) - 3), OVERVIEW: overview, "run": "a"})
-    client = SimpleNamespace(get_job_info=lambda _: api if api.status else int(""))
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda _: client)
+
+    def details(server: JobServer, job: str) -> Any:
+        if api.status is None:
+            raise UserError(f"{server.address}: cannot look at job {job}: it is gone")
+        return api
+
+    monkeypatch.setattr(JobServer, "__init__", lambda server, address: setattr(server, "address", address))
+    monkeypatch.setattr(JobServer, "details", details)
     return Job("mine", "http://head:8265"), api
 
 
@@ -161,13 +168,13 @@ def test_a_job_that_has_told_nothing(watched: tuple[Job, Any]) -> None:
 def test_an_answer_that_does_not_come_is_an_error_at_first_and_later_a_word(watched: tuple[Job, Any]) -> None:
     mine, api = watched
     api.status = None
-    with pytest.raises(UserError, match="job mine: asked http://head:8265: invalid literal"):
+    with pytest.raises(UserError, match="http://head:8265: cannot look at job mine: it is gone"):
         mine.read(NOW)
     api.status = JobStatus.RUNNING
     before = mine.read(NOW)
     api.status = None
     seen = mine.read(NOW)
-    assert seen.stages == before.stages and seen.heard.startswith("job mine: asked http://head:8265")
+    assert seen.stages == before.stages and seen.heard == "http://head:8265: cannot look at job mine: it is gone"
 
 
 def test_a_word_of_another_version_is_one_line(watched: tuple[Job, Any]) -> None:
