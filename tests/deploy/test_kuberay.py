@@ -152,18 +152,21 @@ def test_every_pod_has_a_token_probes_limits_shared_memory_outputs_and_time_to_e
 
 
 def test_pods_wait_for_learners_and_for_nothing_of_rays_own() -> None:
-    """deploy/docker/drain.sh finds processes by their titles, which Ray makes from the names of classes."""
+    """deploy/docker/drain.sh finds processes by their titles, which Ray makes from the names of classes and,
+    while they work, from those that `Group.submit` gives to their calls."""
     from ray._private import ray_constants
 
     from rlhf_ray.actors.learners import CriticLearner
     from rlhf_ray.actors.policy import PolicyLearner
     from rlhf_ray.actors.supervised import SupervisedLearner
+    from rlhf_ray.cluster.group import Group
 
     pattern = re.search(r"pgrep -f '(.+?)'", (ROOT / "deploy" / "docker" / "drain.sh").read_text())
     assert pattern
     wait_for = re.compile(pattern[1])
-    for learner in (PolicyLearner, CriticLearner, SupervisedLearner):
+    for learner, role in ((PolicyLearner, "policy"), (CriticLearner, "critic"), (SupervisedLearner, "supervised")):
         assert wait_for.search(f"ray::{learner.__name__}")
+        assert wait_for.search(f"ray::{Group(role, [None], 1.0).names[0]} update")
     assert wait_for.search("/opt/venv/bin/python /opt/venv/bin/rlhf-ray pipeline experiment=quickstart")
     own = [value for name, value in vars(ray_constants).items() if "PROCESS_TYPE" in name and isinstance(value, str)]
     assert "ray::DashboardAgent" in own

@@ -31,7 +31,9 @@ API = "http://127.0.0.1:8265"
 OBJECTS = 8076  # the port where a node's object store answers the others
 START = ("ray", "start", "--block", "--num-cpus=4", f"--object-store-memory={2**28}", "--disable-usage-stats",
          f"--object-manager-port={OBJECTS}")
-ROLES = {"PolicyLearner", "CriticLearner", "Generator", "RewardModel", "ReferenceModel"}
+AT_WORK = {"policy": "PolicyLearner", "critic": "CriticLearner", "generator": "Generator", "reward": "RewardModel",
+           "reference": "ReferenceModel"}
+ROLES = set(AT_WORK.values())
 
 
 @pytest.fixture
@@ -60,9 +62,10 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host
 
 
 def roles(host: Host) -> dict[str, list[int]]:
-    """Process numbers of the actors on a host, by class."""
-    found = re.findall(r"(\d+) ray::(\w+)", host.run("ps", "-eo", "pid,args"))
-    return {name: [int(pid) for pid, other in found if other == name] for _, name in found if name in ROLES}
+    """Process numbers of the actors on a host, by class: idle they have its name, at work that of their role."""
+    found = [(int(pid), AT_WORK.get(name, name))
+             for pid, name in re.findall(r"(\d+) ray::(\w+)", host.run("ps", "-eo", "pid,args"))]
+    return {name: [pid for pid, other in found if other == name] for _, name in found if name in ROLES}
 
 
 def crossed(hosts: list[Host]) -> tuple[dict[tuple[str, int], int], int]:
