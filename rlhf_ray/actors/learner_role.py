@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from rlhf_ray import storage
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.engines.learner import Learner
 from rlhf_ray.models.shards import SavedFile, Shards, shard_name, write_tensors
@@ -42,7 +43,16 @@ class LearnerRole(Role):
         """Write the snapshot; runs beside whatever else the learner does (concurrency group `io`)."""
         # This thread only: it runs where a core would be idle, for an engine waits as a whole for each of its threads.
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
-        files = [write_tensors(Path(directory) / name, tensors, header) for name, tensors, header in self.copied]
+        path = Path(directory)
+        if kept_elsewhere := storage.url_of(path) is not None:
+            path.mkdir(parents=True, exist_ok=True)  # the driver may be on another node
+        files = []
+        for name, tensors, header in self.copied:
+            files.append(write_tensors(path / name, tensors, header))
+            storage.publish(path / name)
+            if kept_elsewhere:
+                storage.settle()
+                (path / name).unlink()  # this node would collect one checkpoint after the other
         self.copied = []
         return files
 
@@ -55,5 +65,7 @@ class LearnerRole(Role):
 
     def restore(self, directory: str) -> None:
         """Take over what was written there, by as many ranks or by others."""
-        with Shards(Path(directory), self.role) as shards:
+        path = Path(directory)
+        storage.fetch(path.parent, lambda name: name.startswith(f"{path.name}/"))
+        with Shards(path, self.role) as shards:
             self.learner.load(shards)

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rlhf_ray import storage
 from rlhf_ray.actors.generator import RayEngines
 from rlhf_ray.actors.learners import RLLearner, ScoredShard, Window
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
@@ -319,8 +320,10 @@ class PolicyLearner(RLLearner):
         if self.learner.rank == 0:
             saved = self.average.items() if self.average else weights
             save_model(self.model, saved, load_tokenizer(self.path), Path(path), self.dtype)
+            storage.publish(Path(path), exact=True)
         for _ in weights:  # the gathers are collective, whoever needs them
             pass
+        storage.settle()
 
 
 @dataclass(frozen=True)

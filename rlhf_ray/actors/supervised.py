@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rlhf_ray import storage
 from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import DPOConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.algorithms.dpo import DPOLoss, dpo_loss, implicit_rewards
@@ -110,6 +111,8 @@ class SupervisedLearner(LearnerRole):
         weights = self.learner.weights()
         if self.learner.rank == 0:
             save_model(self.model, weights, load_tokenizer(self.path), Path(path), dtype, **config)
+            storage.publish(Path(path), exact=True)
+            storage.settle()
         else:
             for _ in weights:
                 pass

@@ -30,6 +30,7 @@ from rlhf_ray.core.layout import Bundle, Layout, Share
 from rlhf_ray.core.packing import shortfall
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.storage import shown
 
 # Nothing that runs in a role asks a hub or a usage server for anything.
 _ROLE_ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -224,7 +225,7 @@ class Cast:
     ) -> None:
         try:
             if self.directory and isinstance(error, Exception) and not isinstance(error, UserError):
-                raise RunFailed(f"what is known about it: {self._post_mortem(self.directory, error)}") from error
+                raise RunFailed(f"what is known about it: {shown(self._post_mortem(self.directory, error))}") from error
         finally:
             self._end()
 

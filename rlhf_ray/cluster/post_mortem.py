@@ -30,6 +30,7 @@ from rlhf_ray.cluster.diagnosis import ANSI, Diagnosis, Facts, diagnose
 from rlhf_ray.cluster.health import Member
 from rlhf_ray.metrics.memory import kernel_oom_kills
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.storage import shown
 from rlhf_ray.versions import installed
 
 _LINES, _BYTES = 200, 2**18  # the end of a log: so many lines, looked for in so many bytes
@@ -72,7 +73,8 @@ def write_post_mortem(
     report = attempt("report", lambda: _report(facts, found, scene, restarts), {}) | {"versions": versions}
     attempt("report.json", lambda: _write(out / "report.json", json.dumps(report | {"missing": missing}, indent=2,
                                                                            default=str)))
-    where = f"Everything about it: {out}" if out.is_dir() else f"{out} could not be written: {'; '.join(missing)}"
+    unwritten = f"{out} could not be written: {'; '.join(missing)}"
+    where = f"Everything about it: {shown(out)}" if out.is_dir() else unwritten
     attempt("console", lambda: console.print(redact(f"{found.summary} {where}"), markup=False))
     return out
 

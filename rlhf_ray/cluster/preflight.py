@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_ray.errors import UserError
+from rlhf_ray.storage import url_of
 
 
 class _Found(NamedTuple):
@@ -22,13 +23,13 @@ class _Found(NamedTuple):
     writes: str
 
 
-def _inspection() -> Callable[[str | None], tuple[Any, ...]]:
+def _inspection() -> Callable[[str | None, str | None], tuple[Any, ...]]:
     """A function that looks at the node it runs on, and returns a `_Found` as a plain tuple.
 
     Made anew, so that it travels by value: it must not need the package that a node may lack.
     """
 
-    def inspect(mark: str | None) -> tuple[Any, ...]:
+    def inspect(mark: str | None, copy: str | None) -> tuple[Any, ...]:
         import hashlib
         import importlib.util
         from pathlib import Path
@@ -38,6 +39,13 @@ def _inspection() -> Callable[[str | None], tuple[Any, ...]]:
             root = Path(package.submodule_search_locations[0])
             files = {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
                      for path in root.rglob("*.py")} or None
+        if copy is not None and files is not None:
+            try:
+                from rlhf_ray import storage
+
+                storage.probe(Path(copy))
+            except Exception as error:
+                return files, True, str(error)
         if mark is None:
             return files, True, ""
         own = Path(f"{mark}-{ray.get_runtime_context().get_node_id()}")
@@ -55,27 +63,30 @@ def check_nodes(node_ids: Iterable[str], directory: Path | None, timeout_s: floa
     """Raise UserError, with a line for each node that lacks the package, has another one than this process, does not
     share `directory` or cannot write there, or does not answer in time.
 
-    node_ids: Ray's. directory: exists and can be written here; None: is not looked at.
+    node_ids: Ray's. directory: exists and can be written here; None: is not looked at. If it is the copy of a URL, that
+    is written, and the copies are the nodes' own.
     """
     ids = set(node_ids)
     names = {node["NodeID"]: f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
              for node in ray.nodes()}
     inspect = _inspection()
     look = ray.remote(num_cpus=0, max_retries=0)(inspect)
-    mark = directory and directory / f".seen-{secrets.token_hex(8)}"  # a new name: NFS remembers what is not there
+    copy = str(directory) if directory and url_of(directory) else None
+    # a new name: NFS remembers what is not there
+    mark = str(directory / f".seen-{secrets.token_hex(8)}") if directory and not copy else None
     try:
         if mark:
-            mark.write_text("")
+            Path(mark).write_text("")
         asked = {look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-                 .remote(str(mark) if mark else None): node for node in ids}
+                 .remote(mark, copy): node for node in ids}
         ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
-        here = _Found(*inspect(None))
+        here = _Found(*inspect(None, None))
         problems = [f"{names[node]} {problem}" for answer, node in asked.items()
                     if (problem := _problem(answer, here, directory, timeout_s))]
     finally:
         if mark:
             with suppress(OSError):
-                mark.unlink(missing_ok=True)
+                Path(mark).unlink(missing_ok=True)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -96,6 +107,8 @@ def _problem(answer: Any, here: _Found, directory: Path | None, timeout_s: float
         return f"has another rlhf_ray than the driver ({other[0]}{more}): install the same version everywhere"
     if not there.sees:
         return f"does not share output_dir: {directory} is not the same directory there; give a path that all nodes see"
+    if there.writes and directory and url_of(directory):
+        return f"cannot use {there.writes}"
     if there.writes:
         return f"cannot write to output_dir, {directory}: {there.writes}; make it writable for the user that runs Ray"
     return ""

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -17,6 +16,7 @@ from rlhf_ray.cluster.job import told
 from rlhf_ray.config.schema import ClusterConfig, Config
 from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
+from rlhf_ray.storage import local_root
 
 JUDGE_CPUS = 0.1  # it only watches
 
@@ -44,7 +44,7 @@ def session(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     _connect(cfg.cluster, cfg)
     try:
-        with told(Path(cfg.output_dir).absolute()):
+        with told(local_root(cfg.output_dir)):
             yield
     finally:
         ray.shutdown()

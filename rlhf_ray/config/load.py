@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 from rlhf_ray.config.schema import MISSING, Config
 from rlhf_ray.errors import UserError
+from rlhf_ray.remote import check_url
 
 ASSETS = "assets://"  # prefix of a model.path that comes with the package
 
@@ -85,6 +86,8 @@ def compose(overrides: Sequence[str], extra_dirs: Sequence[str | Path] = ()) -> 
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_one_line(error)) from error
     cfg: Config = _build(Config, tree)
+    if "://" in cfg.output_dir:
+        check_url(cfg.output_dir)
     if cfg.model.path.startswith(ASSETS):
         cfg.model.path = asset_dir(cfg.model.path.removeprefix(ASSETS))
     elif cfg.model.path.startswith("~"):

@@ -348,7 +348,8 @@ class LoggingConfig:
 class Config:
     """The whole configuration of a run. Stage outputs live in `<output_dir>/<stage>/`."""
 
-    output_dir: str = opt("outputs/run", "directory of the run")
+    output_dir: str = opt("outputs/run", "directory of the run: a path that leads every node to the same place, or a "
+                          "URL that fsspec opens (s3://bucket/run)")
     seed: int = opt(0, "seed of everything random", ge=0)
     resume: str = opt("auto", "`auto`: an unfinished stage goes on from its newest whole checkpoint; `never`: it "
                       "starts over, and its checkpoints are deleted", choices=("auto", "never"))

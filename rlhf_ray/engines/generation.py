@@ -6,10 +6,12 @@ The only file besides `weight_sync` that imports vllm.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
 
 
@@ -67,6 +69,7 @@ class GenerationEngine:
         from rlhf_ray.engines.weight_sync import register
 
         register()
+        storage.fetch(Path(path))
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.threads)
         self.llm: Any = LLM(
@@ -111,6 +114,7 @@ class GenerationEngine:
 
     def load(self, path: str) -> None:
         """Replace the weights by those of another model of the same shape, from disk."""
+        storage.fetch(Path(path))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
         self._forget_old_weights()
 

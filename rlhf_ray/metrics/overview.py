@@ -164,7 +164,7 @@ class RunFiles:
             state = "done"
         elif begun is None:
             state = "waiting"
-        elif post_mortems and (time_of(post_mortems[-1]) or 0.0) >= begun:
+        elif post_mortems and (time_of(post_mortems[-1] / "summary.txt") or time_of(post_mortems[-1]) or 0.0) >= begun:
             state = "failed"
         elif holder and taken is not None and begun >= taken - 1.0:  # whoever takes the lock writes it later
             state = "killed" if holder.alive is False else "running"

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.core.types import SampleText
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
@@ -107,6 +108,7 @@ class WandbRun:
         def send() -> None:
             import wandb
 
+            storage.fetch(directory)
             artifact = wandb.Artifact(f"policy-{self._run.id}", type="model")
             for file in sorted(path for path in directory.iterdir() if path.is_file()):
                 artifact.add_file(str(file), skip_cache=True, policy="immutable")

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
 
@@ -27,8 +28,9 @@ logging.disable_progress_bar()  # our own bars say what is going on
 SCORE_SHIFT = "score_shift"  # in config.json: subtracted from the scalar head's output (InstructGPT 3.5, reward bias)
 
 
-def _found(path: str) -> str:
+def _found(path: str, weights: bool = True) -> str:
     """A local directory must hold a model; anything else is a hub name, left to transformers."""
+    storage.fetch(Path(path), lambda name: weights or not name.endswith(".safetensors"))
     if (path.startswith((".", "/", "~")) or Path(path).exists()) and not (Path(path) / "config.json").is_file():
         raise UserError(f"no model in {path!r}: expected a directory with config.json; set model.path or run the "
                         "stage that makes it")
@@ -75,7 +77,7 @@ def load_scalar_model(path: str, cfg: ModelConfig) -> Any:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises UserError if there is none, or if it has no end-of-sequence token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_found(path))
+        tokenizer = AutoTokenizer.from_pretrained(_found(path, weights=False))
     except OSError as error:
         raise UserError(f"no tokenizer in {path!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:

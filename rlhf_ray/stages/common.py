@@ -10,6 +10,7 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.config.load import config_fingerprint, to_yaml
 from rlhf_ray.config.schema import Config
 from rlhf_ray.data.sources import load_task_data
@@ -27,7 +28,7 @@ class Paths:
     """Where the stages of a run keep what they make."""
 
     def __init__(self, cfg: Config):
-        self.root = Path(cfg.output_dir).absolute()  # actors have working directories of their own
+        self.root = storage.local_root(cfg.output_dir)  # absolute: actors have working directories of their own
         if JOB_DIRECTORIES in self.root.parts:
             raise UserError(f"output_dir={cfg.output_dir} would lie in the working directory of this Ray job, which "
                             "Ray deletes: give an absolute path that every node has (`rlhf-ray submit` does it by "
@@ -42,7 +43,8 @@ class Paths:
     def require(self, name: str) -> None:
         """Raise UserError unless the stage `name` has ended well in this run's directory."""
         if not (self.stage(name) / "stage.json").is_file():
-            raise UserError(f"{self.stage(name)} has no finished {name}: run `rlhf-ray {name}` first (same output_dir)")
+            raise UserError(f"{storage.shown(self.stage(name))} has no finished {name}: run `rlhf-ray {name}` first "
+                            "(same output_dir)")
 
     @property
     def base(self) -> Path:
@@ -140,17 +142,16 @@ def model_fingerprint(path: str) -> str:
 
     Of names, sizes and contents of its files; of those above 1 MiB, the first and the last MiB.
     """
-    files = sorted(p for p in (Path(path), *Path(path).glob("*")) if p.is_file())
-    facts = [(p.name, p.stat().st_size, *_ends(p)) for p in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if files else path
+    sizes = storage.sizes(Path(path))
+    facts = [(file.name, sizes[file], *_ends(file, sizes[file])) for file in sorted(sizes)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else path
 
 
-def _ends(path: Path) -> tuple[str, str]:
+def _ends(path: Path, size: int) -> tuple[str, str]:
     """sha256 of the first and of the last MiB of a file."""
-    with path.open("rb") as file:
-        first = file.read(_MIB)
-        file.seek(max(0, path.stat().st_size - _MIB))
-        return hashlib.sha256(first).hexdigest(), hashlib.sha256(file.read()).hexdigest()
+    ends = (0, min(size, _MIB)), (max(0, size - _MIB), size)
+    first, last = (hashlib.sha256(storage.read(path, *end)).hexdigest() for end in ends)
+    return first, last
 
 
 def stage_record(cfg: Config, name: str) -> dict[str, Any] | None:
@@ -200,20 +201,26 @@ def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
         record = StageRecord(name, before is not None)
         (directory / "config.yaml").write_text(to_yaml(cfg))
         load_task_data(cfg.data).save_split(directory.parent / "split.json")
+        storage.publish(directory.parent / "split.json")
         console.rule(f"[bold]{name}")
         fingerprint = fingerprints(cfg).get(name)  # of what the stage is about to read
         started = time.monotonic()
         file.unlink(missing_ok=True)
+        storage.withdraw(file)
+        storage.publish(directory, storage.of_driver)
         try:
             with RssSampler() as memory:
                 yield record
         except BaseException:
             if before is not None and not record.started:
                 file.write_bytes(before)
+            storage.publish(directory, storage.of_driver)
             raise
         record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
                    fingerprint=fingerprint)
         write_json(file, record.values)
+        storage.publish(directory, storage.of_driver)
         if name != "ppo":  # whose checkpoints are worth a look, an export, or more iterations
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            storage.withdraw(directory / "checkpoints")
         console.print(f"{name} done in {record.values['seconds']:.0f} s")

@@ -10,20 +10,23 @@ from rlhf_ray.data.sources import TaskData, load_task_data
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, StageRecord, model_fingerprint, stage
+from rlhf_ray.stages.lock import locked
+from rlhf_ray.storage import shown
 from rlhf_ray.train.answers import ANSWERS, answering, forget_answers, prompt_set, sample_answers
 
 PEOPLE_AGREE = 0.73  # between two training labelers: Ouyang et al. 2022, section 3.4
 
 
 def run(cfg: Config) -> None:
-    with stage(cfg, "compare") as record:
-        if cfg.compare.ranker == "file":
-            take_file(cfg, record)
-        elif cfg.compare.ranker == "people":
-            ask_people(cfg, load_task_data(cfg.data), record)
-        else:
-            simulate(cfg, load_task_data(cfg.data), record)
-    forget_answers(Paths(cfg).stage("compare"))
+    with locked(Paths(cfg).root):
+        with stage(cfg, "compare") as record:
+            if cfg.compare.ranker == "file":
+                take_file(cfg, record)
+            elif cfg.compare.ranker == "people":
+                ask_people(cfg, load_task_data(cfg.data), record)
+            else:
+                simulate(cfg, load_task_data(cfg.data), record)
+        forget_answers(Paths(cfg).stage("compare"))
 
 
 def take_file(cfg: Config, record: StageRecord) -> None:
@@ -41,8 +44,8 @@ def ask_people(cfg: Config, task_data: TaskData, record: StageRecord) -> None:
     path = Paths(cfg).stage("compare") / "to_rank.jsonl"
     write_jsonl(path, rows)
     record.add(ranker="people", to_rank=len(rows))
-    console.print(f"{len(rows)} prompts wait in {path}: fill in `ranks` (1 is best, equal numbers are a tie) and "
-                  "`labeler`, then go on with compare.ranker=file data.comparisons=RANKED")
+    console.print(f"{len(rows)} prompts wait in {shown(path)}: fill in `ranks` (1 is best, equal numbers are a tie) "
+                  "and `labeler`, then go on with compare.ranker=file data.comparisons=RANKED")
 
 
 def simulate(cfg: Config, task_data: TaskData, record: StageRecord) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_ray.config.schema import ClusterConfig, Config, RolesConfig
+from rlhf_ray.storage import local_root, url_of
 from rlhf_ray.versions import TESTED, find, installed
 
 GIB = 2**30
@@ -78,6 +79,20 @@ def python_packages() -> Iterator[Check]:
     yield from torch_companions(found.get("torch", ""), companions)
 
 
+def protocol_of(output_dir: str) -> Iterator[Check]:
+    """Whether fsspec can open an output_dir that is a URL."""
+    if "://" not in output_dir:
+        return
+    from fsspec.registry import get_filesystem_class
+
+    name = output_dir.partition("://")[0]
+    try:
+        found = get_filesystem_class(name)
+        yield Check(f"{name}://", "ok", f"{found.__module__}.{found.__name__}")
+    except (ImportError, ValueError) as error:
+        yield Check(f"{name}://", "fail", str(error), "install its package on every node, or set another output_dir")
+
+
 def torch_companions(torch: str, companions: dict[str, str | None]) -> Iterator[Check]:
     """CUDA builds of torchvision and the like beside a CPU torch break every transformers model import."""
     wrong = {name: v for name, v in companions.items() if v is not None and not v.endswith("+cpu")}
@@ -91,10 +106,12 @@ def machine(cfg: Config) -> Iterator[Check]:
     yield graded("cores", cores, 1, 2, "cores", "one core works, slowly")
     yield graded("available memory", available_memory() / GIB, 3, 10, "GiB",
                  "the quickstart takes up to 10 GiB: close other programs, or lower roles.*.ranks and replicas")
-    directory = Path(cfg.output_dir).absolute()
+    yield from protocol_of(cfg.output_dir)
+    directory = local_root(cfg.output_dir)
+    where = directory if url_of(directory) else cfg.output_dir
     while not directory.exists():
         directory = directory.parent
-    yield graded(f"free disk in {cfg.output_dir}", shutil.disk_usage(directory).free / GIB, 1, 5, "GiB",
+    yield graded(f"free disk in {where}", shutil.disk_usage(directory).free / GIB, 1, 5, "GiB",
                  "free some, or set output_dir to a larger disk")
     writable = os.access(directory, os.W_OK)
     if not writable:

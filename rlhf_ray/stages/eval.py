@@ -26,8 +26,10 @@ from rlhf_ray.evaluation.statistics import accuracy, accuracy_gain, distinct_n, 
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, StageRecord, model_fingerprint, stage, stage_record
+from rlhf_ray.stages.lock import locked
 from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.stages.report import log_report, publish
+from rlhf_ray.storage import shown
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import ANSWERS, forget_answers, prompt_set, sample_answers
 
@@ -60,14 +62,15 @@ class Answers:
 
 
 def run(cfg: Config) -> None:
-    with stage(cfg, "eval") as record:
-        if cfg.resume == "never":
-            forget_answers(Paths(cfg).stage("eval"))
-        evaluate(cfg, record)
-    forget_answers(Paths(cfg).stage("eval"))
-    publish(cfg)
-    log_report(cfg)
-    console.print(f"report: {Paths(cfg).root / 'report.html'}")
+    with locked(Paths(cfg).root):
+        with stage(cfg, "eval") as record:
+            if cfg.resume == "never":
+                forget_answers(Paths(cfg).stage("eval"))
+            evaluate(cfg, record)
+        forget_answers(Paths(cfg).stage("eval"))
+        publish(cfg)
+        log_report(cfg)
+    console.print(f"report: {shown(Paths(cfg).root / 'report.html')}")
 
 
 def evaluate(cfg: Config, record: StageRecord) -> None:

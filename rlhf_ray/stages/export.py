@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_ray import storage
 from rlhf_ray.actors.policy import EMA
 from rlhf_ray.config.schema import Config, ModelConfig
 from rlhf_ray.errors import UserError
@@ -31,8 +33,14 @@ from rlhf_ray.versions import installed
 
 
 def run(cfg: Config) -> None:
+    with storage.reading(cfg.output_dir) as directory:
+        export(replace(cfg, output_dir=str(directory)))
+
+
+def export(cfg: Config) -> None:
     paths, source = Paths(cfg), cfg.export.source
     target = Path(cfg.export.path).expanduser().resolve() if cfg.export.path else paths.root.resolve() / "export"
+    storage.fetch(target, lambda name: not name.endswith(".safetensors"))
     check_target(target)
     checkpoint = choose(cfg)
     if checkpoint is None:
@@ -41,6 +49,7 @@ def run(cfg: Config) -> None:
         paths.require("sft")
     made = {"pretrain": paths.base, "sft": paths.sft, "rm": paths.reward, "ppo": paths.policy, "dpo": paths.dpo}
     shape = str(paths.sft if checkpoint else made[source])  # where config and tokenizer are
+    storage.fetch(Path(shape))
     try:
         saved = json.loads((Path(shape) / "config.json").read_text())["dtype"]
         dtype = saved if cfg.export.dtype == "saved" else cfg.export.dtype
@@ -54,8 +63,10 @@ def run(cfg: Config) -> None:
         write(model, weights, shape, target, dtype, source == "rm", text)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot export {source} to {target}: {error}; make room there, or set export.path") from error
+    storage.publish(target, exact=True)
+    storage.settle()
     step = f", step {checkpoint.step}" if checkpoint else ""
-    console.print(f"{source}{step} exported to {target} ({dtype})", markup=False)
+    console.print(f"{source}{step} exported to {storage.shown(target)} ({dtype})", markup=False)
 
 
 def check_target(path: Path) -> None:
@@ -64,8 +75,8 @@ def check_target(path: Path) -> None:
         return
     readme = path / "README.md"
     if not (path.is_dir() and readme.is_file() and is_ours(readme.read_text(encoding="utf-8", errors="replace"))):
-        raise UserError(f"export.path={path} is there and is no export of rlhf-ray: nothing is overwritten; set "
-                        "export.path to a new directory, or remove this one")
+        raise UserError(f"export.path={storage.shown(path)} is there and is no export of rlhf-ray: nothing is "
+                        "overwritten; set export.path to a new directory, or remove this one")
 
 
 def choose(cfg: Config) -> Checkpoint | None:
@@ -84,6 +95,7 @@ def choose(cfg: Config) -> Checkpoint | None:
     if step not in found:
         there = f"there are {', '.join(map(str, found))}" if found else "there are none"
         raise UserError(f"export.checkpoint={step}: no such checkpoint in {directory}; {there}")
+    storage.fetch(found[step])
     try:
         return Checkpoint(step, found[step], verify(found[step]))
     except NotWhole as problem:

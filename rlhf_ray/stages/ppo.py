@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import ray
 
+from rlhf_ray import storage
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
@@ -53,6 +54,7 @@ def run(cfg: Config) -> None:
         directory, log = paths.stage("ppo"), cfg.logging
         for old in ("PAUSED", *(() if checkpoint else (METRICS, SAMPLES, "alarms.jsonl", WANTED))):
             (directory / old).unlink(missing_ok=True)
+            storage.withdraw(directory / old)
         with session(cfg), Cast(layout, cfg.cluster, directory) as cast:
             ptx = stream = None
             if cfg.algorithm.ptx:

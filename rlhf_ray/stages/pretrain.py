@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf_ray import storage
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import TokenDataset
@@ -36,6 +37,8 @@ def train(cfg: Config, record: StageRecord) -> None:
     if p.init == "scratch":
         start = str(paths.stage("pretrain") / "untrained")
         save_untrained(p, cfg.model.max_length, texts, Path(start), cfg.seed)
+        storage.publish(Path(start), exact=True)
+        storage.settle()
     tokenizer = load_tokenizer(start)
     blocks = token_blocks(texts, tokenizer, p.block_length)
     held_out = token_blocks(task_data.eval_texts(), tokenizer, p.block_length)

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import STAGES, Config
 from rlhf_ray.data.sources import load_task_data
@@ -54,6 +55,8 @@ def publish(cfg: Config, total_seconds: float | None = None) -> None:
     paths = Paths(cfg)
     report, samples = build(cfg, total_seconds), (stage_record(cfg, "eval") or {}).get("samples", [])
     write_report(report, read_history(paths.stage(cfg.eval.policy)), samples, paths.root)
+    for name in ("report.json", "report.html"):
+        storage.publish(paths.root / name)
     validate_report(report, cfg.eval.baselines, cfg.eval.policy)
 
 
@@ -65,3 +68,4 @@ def log_report(cfg: Config) -> None:
     run = WandbRun(paths.stage(cfg.eval.policy), cfg.logging.wandb, cfg.logging.wandb_project, asdict(cfg), True, None)
     run.report(paths.root / "report.html", {key: record[key] for key in MEASURED if key in record})
     run.close()
+    storage.publish(paths.stage(cfg.eval.policy), storage.of_driver)

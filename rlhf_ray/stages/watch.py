@@ -6,8 +6,7 @@ It is drawn from the run's files alone, or, where these cannot be reached, from 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
+from contextlib import nullcontext, suppress
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
@@ -17,11 +16,13 @@ from rich.text import Text
 
 from rlhf_ray.config.schema import STAGES, Config
 from rlhf_ray.errors import UserError
-from rlhf_ray.metrics.overview import Holder, Overview, Policy, RunFiles, Sample, Stage
+from rlhf_ray.metrics.overview import Holder, Overview, Policy, RunFiles, Sample, Stage, read_holder
 from rlhf_ray.metrics.sparkline import apportion, sparkline
+from rlhf_ray.stages.lock import LOCK
+from rlhf_ray.storage import fetch, local_root, reading, shown, small, url_of
 
 WIDTH, WIDEST = 80, 110  # columns: where the output is no terminal; at most
-REFRESH_S = 1.0
+REFRESH_S, REMOTE_S = 1.0, 5.0  # how often it is drawn; how often a URL is asked
 LOOK_S = 0.2  # how often to look whether a file has grown
 ACTORS = 8  # how many are shown
 _STATE = {"done": "green", "running": "bold cyan", "failed": "bold red", "killed": "bold red", "stopped": "yellow",
@@ -40,12 +41,30 @@ _ROWS = (
 
 def run(cfg: Config) -> None:
     """Show the run in output_dir: until Ctrl-C in a terminal, else once."""
-    files = RunFiles(Path(cfg.output_dir))
-    try:
-        require_run(files)
-        show(files.read, files.sizes)
-    except OSError as error:
-        raise UserError(f"output_dir={cfg.output_dir}: cannot read {error.filename}: {error.strerror}") from error
+    copy = local_root(cfg.output_dir)
+    ours = url_of(copy) and (by := read_holder(copy)) and by.alive  # nothing is newer than what the driver here has
+    with nullcontext(copy) if ours else reading(cfg.output_dir) as directory:
+        files = RunFiles(directory)
+        try:
+            require_run(files)
+            show(files.read if ours else fetching(files), files.sizes)
+        except OSError as error:
+            raise UserError(f"output_dir={cfg.output_dir}: cannot read {error.filename}: {error.strerror}") from error
+
+
+def fetching(files: RunFiles) -> Callable[[float], Overview]:
+    """`files.read`; where they are a copy of a URL, of what is there now, or was a few seconds ago."""
+    fetched = -REMOTE_S
+
+    def read(now: float) -> Overview:
+        nonlocal fetched
+        if time.monotonic() - fetched >= REMOTE_S:
+            fetch(files.directory, small)
+            fetch(files.directory / LOCK)
+            fetched = time.monotonic()
+        return files.read(now)
+
+    return read
 
 
 def run_job(submission_id: str, address: str | None) -> None:
@@ -78,8 +97,8 @@ def require_run(files: RunFiles) -> None:
         found = f"that is one stage of a run, give output_dir={given.parent}"
     else:
         found = "no run has begun there"
-    raise UserError(f"output_dir={given}: {found}; expected the output_dir of a run, with STAGE/config.yaml for each "
-                    "stage that has begun (sft, rm, ppo, ...)")
+    raise UserError(f"output_dir={shown(given)}: {found}; expected the output_dir of a run, with STAGE/config.yaml for "
+                    "each stage that has begun (sft, rm, ppo, ...)")
 
 
 def follow(read: Callable[[float], Overview], sizes: Callable[[], list[int]], console: Console) -> None:
@@ -97,7 +116,7 @@ def follow(read: Callable[[float], Overview], sizes: Callable[[], list[int]], co
 def view(overview: Overview, width: int) -> RenderableType:
     """The whole picture, `width` columns wide at most. What is urgent comes first."""
     ppo = next((stage for stage in overview.stages if stage.name == "ppo"), None)
-    parts: list[RenderableType] = [_line(f"run {overview.directory}", "bold")]
+    parts: list[RenderableType] = [_line(f"run {shown(overview.directory)}", "bold")]
     if overview.heard:
         parts.append(_line(overview.heard, "dim"))
     if overview.holder or not overview.heard:
@@ -106,7 +125,7 @@ def view(overview: Overview, width: int) -> RenderableType:
         lives = overview.holder and overview.holder.alive is not False
         how = f"remove {overview.directory / 'ppo/PAUSED'} to go on" if lives else "the same command goes on"
         parts.append(Text(f"PAUSED after {overview.policy.paused}; {how}", style="bold yellow"))
-    parts += [Text(f"{s.name} failed: {s.why or 'it left no summary'} See {s.post_mortems[-1]}", style="red")
+    parts += [Text(f"{s.name} failed: {s.why or 'it left no summary'} See {shown(s.post_mortems[-1])}", style="red")
               for s in overview.stages if s.state == "failed"]
     parts += ["", _stages(overview.stages, width), *(_line(n, "dim") for s in overview.stages for n in _notes(s))]
     if ppo and overview.policy:
@@ -161,7 +180,7 @@ def _notes(s: Stage) -> Iterator[str]:
         yield f"{s.name}: {'; '.join(facts)}"
     if s.post_mortems and s.state != "failed":
         yield f"{s.name}: {len(s.post_mortems)} earlier post-mortem{'s'[:len(s.post_mortems) > 1]}, newest " \
-              f"{s.post_mortems[-1]}"
+              f"{shown(s.post_mortems[-1])}"
 
 
 # --- ppo ---

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from rlhf_ray import storage
 from rlhf_ray.actors.generator import Generator, Sample, sample_seed
 from rlhf_ray.cluster.group import Cast, Group, Overdue, debtors
 from rlhf_ray.config.schema import Config
@@ -61,6 +62,7 @@ def sample_answers(
                     for first, part in _answered(group, missing, temperature, max_tokens):
                         if kept:
                             kept.add(first, part)
+                            storage.publish(kept.path)
                         parts[first], tries = part, 0
                         bar(len(parts), f"{sum(map(len, parts.values()))} responses")
                         del missing[first]
@@ -105,3 +107,4 @@ def forget_answers(directory: Path) -> None:
     """Delete the journals of a stage: it is done, or is to start over."""
     for path in directory.glob(f"{ANSWERS}*.jsonl"):
         path.unlink()
+        storage.withdraw(path)

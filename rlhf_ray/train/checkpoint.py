@@ -18,11 +18,21 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import CheckpointConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.shards import SavedFile
-from rlhf_ray.train.manifest import FORMAT, NotWhole, check_written, read_manifest, sync, verify, write_manifest
+from rlhf_ray.train.manifest import (
+    FORMAT,
+    MANIFEST,
+    NotWhole,
+    check_written,
+    read_manifest,
+    sync,
+    verify,
+    write_manifest,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Checkpoints:
             if (fresh := self._unfinished(step)).exists():
                 shutil.rmtree(fresh)  # what kept _tidy from it is said here
             fresh.mkdir()
+        storage.withdraw(self._path(step))
+        storage.settle()
         return fresh
 
     def commit(
@@ -83,6 +95,7 @@ class Checkpoints:
             born.rename(final)
             sync(self.directory)
         self._damaged.discard(step)
+        storage.publish(self.directory.parent, storage.of_driver)  # metrics and all, and then the manifest
         try:
             self._tidy()
             kept = self._kept(step)
@@ -97,16 +110,20 @@ class Checkpoints:
     def abandon(self, step: int) -> None:
         """Drop what was begun, if anything."""
         shutil.rmtree(self._unfinished(step), ignore_errors=True)
+        storage.withdraw(self._path(step))
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, every file verified by size and sha256; None if there are no checkpoints.
 
         One that is not whole gets a line on the console, and the one before is tried. Raises UserError if none is.
         """
+        storage.settle()
         with self._writing():
             self._tidy()
+        storage.fetch(self.directory, lambda name: name.endswith(MANIFEST))
         problems = []
         for step in reversed(self._steps()):
+            storage.fetch(self._path(step))
             try:
                 return Checkpoint(step, self._path(step), verify(self._path(step)))
             except NotWhole as problem:
@@ -114,8 +131,8 @@ class Checkpoints:
                 self._damaged.add(step)
                 console.print(f"the checkpoint of step {step} is not whole: {problem}", markup=False)
         if problems:
-            raise UserError(f"no checkpoint in {self.directory} is whole: {problems[0]}; put right what is wrong, or "
-                            "start over with resume=never")
+            raise UserError(f"no checkpoint in {storage.shown(self.directory)} is whole: {problems[0]}; put right what "
+                            "is wrong, or start over with resume=never")
         return None
 
     def clear(self) -> None:
@@ -124,6 +141,8 @@ class Checkpoints:
             self._tidy()
             for step in self._steps():
                 self._delete(step)
+        storage.withdraw(self.directory)
+        storage.settle()
 
     # -- names: what is no checkpoint begins with a dot ------------------------------------------------------------
 

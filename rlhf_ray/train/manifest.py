@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.shards import SavedFile
 
@@ -57,7 +58,7 @@ def verify(directory: Path) -> dict[str, Any]:
 
 def check_written(directory: Path, files: Sequence[SavedFile]) -> None:
     """Raise UserError unless exactly these files are there, as large as they were for whoever wrote them."""
-    found = {path.name: path.stat().st_size for path in directory.iterdir()}
+    found = {path.name: size for path, size in storage.sizes(directory).items()}
     announced = {file.name: file.bytes for file in files}
     for name in sorted(found.keys() | announced.keys()):
         if name not in found:
@@ -68,8 +69,8 @@ def check_written(directory: Path, files: Sequence[SavedFile]) -> None:
             wrong = f"was written with {announced[name]} bytes and has {found[name]}"
         else:
             continue
-        raise UserError(f"{directory / name} {wrong}: output_dir must be a path that leads every node to the same "
-                        "place, and nothing else may write there")
+        raise UserError(f"{storage.shown(directory / name)} {wrong}: output_dir must be a path that leads every node "
+                        "to the same place, and nothing else may write there")
 
 
 def sync(path: Path) -> None:

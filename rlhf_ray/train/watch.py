@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import AlarmsConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.alarms import Alarm, AlarmMonitor
@@ -62,8 +63,10 @@ class Watch:
     def _pause(self, iteration: int, messages: list[str]) -> None:
         flag = self.directory / PAUSED
         flag.write_text(f"iteration {iteration}\n" + "\n".join(messages) + "\n", encoding="utf-8")
+        storage.publish(self.directory, storage.of_driver)
         console.print(f"paused after iteration {iteration}: remove {flag} to go on, or end the run with Ctrl-C",
                       markup=False)
         while flag.exists():
             time.sleep(0.5)
+        storage.withdraw(flag)
         console.print("going on")

@@ -66,6 +66,7 @@ def test_extra_dirs_add_recipes(tmp_path: Path) -> None:
     ("experiment=hf8gpu", "there are hf_8gpu, instructgpt, quickstart, reasoning, reviews_base; did you mean hf_8gpu?"),
     ("data=web", "data=web: no such data; there are files, reasoning, reviews"),
     ("model.path=${nope}", "model.path: Interpolation key 'nope' not found"),
+    ("output_dir=s3://key:secret@bucket/run", "output_dir=s3://... carries a password"),
 ])
 def test_bad_overrides(override: str, says: str) -> None:
     with pytest.raises(UserError) as error:

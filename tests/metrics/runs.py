@@ -42,7 +42,7 @@ def done(run: Path, name: str, seconds: float) -> None:
 
 
 def post_mortem(run: Path, name: str, stamp: str, summary: str, ago_s: float) -> Path:
-    return at(text(run / name / f"post_mortem-{stamp}" / "summary.txt", summary).parent, ago_s)
+    return at(text(run / name / f"post_mortem-{stamp}" / "summary.txt", summary, ago_s).parent, ago_s)
 
 
 def iteration(k: int, **values: Any) -> dict[str, Any]:

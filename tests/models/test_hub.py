@@ -5,6 +5,7 @@ name of a tied pair), and of 17 that no dropout is on unless it was asked for, o
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.hub import (
@@ -251,6 +253,20 @@ def test_gradient_checkpointing_is_the_configurations_and_changes_no_gradient(to
         model(input_ids=IDS, labels=IDS).loss.backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, msg=name)
+
+
+def test_of_a_model_at_a_url_comes_what_is_needed(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "copies"))
+    plain = saved(llama(), tokenizer, tmp_path / "there/run/sft/model")
+    path = storage.local_root(f"file://{tmp_path}/there/run") / "sft/model"
+    assert load_tokenizer(str(path)).get_vocab() == tokenizer.get_vocab()
+    assert not list(path.glob("*.safetensors"))  # a driver may be on a small machine
+    assert torch.equal(logits(load_causal_lm(str(path), CFG)), logits(load_causal_lm(plain, CFG)))
+    shutil.rmtree(plain)
+    with pytest.raises(UserError, match="no model in"):
+        load_tokenizer(str(path))
 
 
 def test_two_tokenizers_that_differ_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Where stages look for what the stages before them made, and how they tell models apart."""
 
+import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import Config
 from rlhf_ray.errors import UserError
 from rlhf_ray.stages.common import Paths, model_fingerprint, stage, stage_record, write_json
@@ -83,3 +86,48 @@ def test_nothing_is_kept_where_ray_deletes(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="output_dir=outputs/run would lie in the working directory of this Ray job"):
         Paths(Config(output_dir="outputs/run"))
     assert Paths(Config(output_dir=str(tmp_path / "run"))).root == tmp_path / "run"
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "copies"))
+    yield f"file://{tmp_path}/there/run"
+    storage.renew()
+
+
+def test_the_model_of_a_url_is_known_without_fetching_it(url: str, tmp_path: Path) -> None:
+    (tmp_path / "there/run/sft").mkdir(parents=True)
+    model = model_in(tmp_path / "there/run/sft/model", b"x" * (3 << 20))
+    paths = Paths(Config(output_dir=url))
+    assert model_fingerprint(str(paths.sft)) == model_fingerprint(model)
+    assert not paths.sft.exists()
+
+
+def test_a_record_at_a_url_goes_when_the_stage_begins_and_comes_with_its_end(url: str, tmp_path: Path) -> None:
+    """Whoever looks there never takes an unfinished stage for a finished one."""
+    cfg, there = Config(output_dir=url), tmp_path / "there/run"
+    cfg.model.path = "some/model"
+    for _ in range(2):
+        with stage(cfg, "sft") as record:
+            storage.settle()
+            assert not (there / "sft/stage.json").exists() and (there / "sft/config.yaml").exists()
+            record.add(loss=1.0)
+            (Paths(cfg).stage("sft") / "metrics.jsonl").write_text("1\n")
+            (Paths(cfg).stage("sft") / "checkpoints/step-00000001").mkdir(parents=True)
+            (there / "sft/checkpoints/step-00000001").mkdir(parents=True)
+            (there / "sft/checkpoints/step-00000001/policy.safetensors").write_text("")
+        assert (there / "sft/metrics.jsonl").read_text() == "1\n"
+        assert json.loads((there / "sft/stage.json").read_text())["loss"] == 1.0
+        assert not (there / "sft/checkpoints").exists()
+    with pytest.raises(UserError), stage(cfg, "sft"):
+        raise UserError("compare has to run first")
+    assert json.loads((there / "sft/stage.json").read_text())["loss"] == 1.0
+
+
+def test_what_a_stage_that_failed_has_left_is_at_the_url(url: str, tmp_path: Path) -> None:
+    cfg = Config(output_dir=url)
+    with pytest.raises(ZeroDivisionError), stage(cfg, "ppo"):
+        (Paths(cfg).stage("ppo") / "post_mortem-1/logs").mkdir(parents=True)
+        (Paths(cfg).stage("ppo") / "post_mortem-1/logs/policy-0.log").write_text("here")
+        raise ZeroDivisionError
+    assert (tmp_path / "there/run/ppo/post_mortem-1/logs/policy-0.log").read_text() == "here"

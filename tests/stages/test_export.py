@@ -18,6 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from rlhf_ray import storage
 from rlhf_ray.actors.policy import EMA
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import Config, ModelConfig
@@ -121,6 +122,28 @@ def test_a_checkpoint_comes_out_bit_for_bit(tied: bool, ranks: int, tmp_path: Pa
     assert front["base_model"] == "my_base"
     assert "checkpoint of step 12" in text and "not evaluated" in text and "e" * 64 in text
     assert "| score, last iteration | 0.25 |" in text
+
+
+def test_a_run_at_a_url_is_exported_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, for the second replaces the first; and to a directory here."""
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "copies"))
+    cfg, policies = a_run(tmp_path), {step: llama(True, step) for step in (3, 11)}
+    for step, policy in policies.items():
+        checkpoint(cfg, step, policy, 2)
+    there = Path(cfg.output_dir)
+    cfg.output_dir = f"file://{there}"
+    for step, policy in policies.items():
+        cfg.export.checkpoint = step
+        run(cfg)
+        assert same(AutoModelForCausalLM.from_pretrained(there / "export"), policy)
+    cfg.export.path = str(tmp_path / "here")
+    run(cfg)
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "here"), policies[11])
+    assert not (tmp_path / "copies").exists()
+    cfg.export.path = None
+    (there / "export/README.md").unlink()
+    with pytest.raises(UserError, match=f"^export.path=file://{there}/export is there and is no export of rlhf-ray"):
+        run(cfg)
 
 
 def test_averaged_weights_are_exported_where_there_are_any(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from rlhf_ray import remote, storage
 from rlhf_ray.errors import UserError
+from rlhf_ray.stages import lock
 from rlhf_ray.stages.lock import LOCK, locked
+from rlhf_ray.storage import local_root
 
 # Takes the lock as `pipeline` does, starts a process of its own as Ray does, says who that is, and waits.
 HOLDER = """
@@ -85,6 +89,96 @@ def test_who_holds_it_goes_through(tmp_path: Path) -> None:
         raise ZeroDivisionError
     with locked(tmp_path):
         pass
+
+
+# --- at a URL ---
+
+AT_URL = """
+import sys
+from rlhf_ray import storage
+from rlhf_ray.stages import lock
+lock.BEAT_S = 0.2
+with lock.locked(storage.local_root(sys.argv[1])):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """This process is on machine b; it waits a second for a beat, of which there are five."""
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "b"))
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    monkeypatch.setattr(lock, "SILENCE_S", 1.0)
+    yield f"file://{tmp_path}/there/run"
+    storage.renew()
+
+
+def on_machine_a(url: str, tmp_path: Path) -> subprocess.Popen[str]:
+    """A process there that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", AT_URL, url], cwd=Path(__file__).parents[2], text=True,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, storage.CACHE: str(tmp_path / "a")})
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def test_a_holder_on_another_machine_is_found_by_his_beat(url: str, tmp_path: Path) -> None:
+    holder = on_machine_a(url, tmp_path)
+    with pytest.raises(UserError, match=f"^{url} is in use by process {holder.pid} on host .*: wait for it, "), \
+            locked(local_root(url)):
+        pass
+    holder.communicate()
+    assert list((tmp_path / "there/run").iterdir()) == []
+    with locked(local_root(url)):
+        pass
+
+
+def test_one_who_was_killed_is_silent(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    holder = on_machine_a(url, tmp_path)
+    holder.kill()
+    holder.communicate()
+    with locked(local_root(url)):
+        assert "waiting 1 s for a sign of its life" in capsys.readouterr().out
+    assert list((tmp_path / "there/run").iterdir()) == []
+
+
+def test_one_who_was_killed_on_this_machine_is_dead_for_sure(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lock of the copy is free: nobody waits."""
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "a"))
+    holder = on_machine_a(url, tmp_path)
+    holder.kill()
+    holder.communicate()
+    with locked(local_root(url)):
+        assert capsys.readouterr().out == ""
+
+
+def test_one_who_was_taken_for_dead_writes_no_more(url: str, tmp_path: Path) -> None:
+    """A machine that slept."""
+    holder = on_machine_a(url, tmp_path)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with locked(local_root(url)):
+        os.kill(holder.pid, signal.SIGCONT)
+        time.sleep(1)
+        _, said = holder.communicate()
+        assert holder.returncode == 1 and "was taken over by another process" in said
+        assert remote.read(f"{url}/{LOCK}") == (local_root(url) / LOCK).read_bytes()
+
+
+def test_the_copy_is_as_the_url_from_the_start(url: str, tmp_path: Path) -> None:
+    (tmp_path / "there/run/sft").mkdir(parents=True)
+    (tmp_path / "there/run/sft/stage.json").write_text("{}")
+    stale = local_root(url) / "rm/stage.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    with locked(local_root(url)):
+        assert (local_root(url) / "sft/stage.json").exists() and not stale.exists()
+        (local_root(url) / "sft/metrics.jsonl").write_text("")
+        storage.publish(local_root(url) / "sft")
+    assert (tmp_path / "there/run/sft/metrics.jsonl").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_that_says_so(tmp_path: Path) -> None:

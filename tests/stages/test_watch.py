@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from metrics.runs import NOW, done, iteration, jsonl, lock, post_mortem, running
 from rlhf_ray import cli
 from rlhf_ray.metrics.overview import RunFiles
 from rlhf_ray.stages.watch import duration, view
+from rlhf_ray.storage import CACHE, local_root
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,6 +193,32 @@ def test_no_run(given: str, says: str, tmp_path: Path, monkeypatch: pytest.Monke
     err = capsys.readouterr().err
     assert err.startswith(f"rlhf-ray: error: output_dir={given}: {says}")
     assert len(err.splitlines()) == 1
+
+
+def test_a_run_at_a_url_is_shown_as_one_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """From a copy of his own that goes with the page; on the driver's machine from what the driver has."""
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setenv(CACHE, str(tmp_path / "copies"))
+    there, url = tmp_path / "there/run", f"file://{tmp_path}/there/run"
+    assert cli.main(["watch", f"output_dir={url}"]) == 2
+    assert capsys.readouterr().err.startswith(f"rlhf-ray: error: output_dir={url}: no such directory; expected")
+    running(there)
+    post_mortem(there, "ppo", "20270115-080500", "of an earlier attempt", 900)
+    text(there / "ppo/model/model.safetensors", "large")
+    cli.main(["watch", f"output_dir={there}"])
+    page = capsys.readouterr().out.splitlines()
+    assert cli.main(["watch", f"output_dir={url}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("run file:///") and "1 earlier post-mortem, newest file:///" in "".join(lines)
+    assert [line for line in lines[1:] if "post-mortem" not in line] == \
+        [line for line in page[1:] if "post-mortem" not in line]
+    assert not (tmp_path / "copies").exists()
+    shutil.copytree(there, local_root(url))
+    jsonl(local_root(url) / "ppo/metrics.jsonl", [iteration(k) for k in range(1, 14)])
+    cli.main(["watch", f"output_dir={url}"])
+    assert "iteration 13 of 40" in capsys.readouterr().out  # the URL has 12
 
 
 def test_a_terminal_is_kept_up_to_date_until_ctrl_c(tmp_path: Path) -> None:

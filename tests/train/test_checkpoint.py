@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_ray import storage
 from rlhf_ray.config.schema import CheckpointConfig, Config
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.shards import SavedFile, Shards, write_tensors
@@ -244,6 +245,121 @@ def test_never_deletes_all(tmp_path: Path) -> None:
     write(c.begin(2), 2)
     c.clear()
     assert c.newest() is None and names(tmp_path) == []
+
+
+# -- at a URL ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a run; this machine keeps its copy in `tmp_path/a`."""
+    monkeypatch.setenv(storage.CACHE, str(tmp_path / "a"))
+    yield f"file://{tmp_path}/there/run"
+    storage.renew()
+
+
+def write_there(directory: Path, step: int) -> list[SavedFile]:
+    """What the actors do, on nodes of their own."""
+    files = write(directory, step)
+    for file in files:
+        storage.publish(directory / file.name)
+    storage.settle()
+    for file in files:
+        (directory / file.name).unlink()
+    return files
+
+
+def save_there(url: str, step: int, keep_last: int = 2) -> Checkpoint:
+    c = checkpoints(storage.local_root(url) / "ppo/checkpoints", keep_last)
+    saved = c.commit(step, write_there(c.begin(step), step), {"step": step}, {})
+    storage.settle()
+    return saved
+
+
+def newest_elsewhere(url: str, machine: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint | None:
+    with monkeypatch.context() as patch:
+        patch.setenv(storage.CACHE, str(machine))
+        found = checkpoints(storage.local_root(url) / "ppo/checkpoints").newest()
+        if found:
+            with Shards(found.directory, "policy") as shards:
+                assert shards.whole("w", "weight", (50,)).tolist() == [found.step] * 50
+        return found
+
+
+def test_another_machine_finds_what_was_saved(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert newest_elsewhere(url, tmp_path / "b", monkeypatch) is None
+    for step in (1, 2, 3):
+        save_there(url, step)
+    there = tmp_path / "there/run/ppo/checkpoints"
+    assert names(there) == ["step-00000002", "step-00000003"]
+    assert names(there / "step-00000003") == ["critic-00000-of-00001.safetensors", "manifest.json", SHARD]
+    assert (found := newest_elsewhere(url, tmp_path / "b", monkeypatch)) is not None and found.state == {"step": 3}
+    save_there(url, 4)
+    assert (found := newest_elsewhere(url, tmp_path / "b", monkeypatch)) is not None and found.step == 4
+    assert names(storage.local_root(url) / "ppo/checkpoints/step-00000004") == ["manifest.json"]  # no disk fills up
+    (there / "step-00000004" / SHARD).write_bytes(b"")
+    assert (found := newest_elsewhere(url, tmp_path / "c", monkeypatch)) is not None and found.step == 3
+    checkpoints(storage.local_root(url) / "ppo/checkpoints").clear()
+    assert newest_elsewhere(url, tmp_path / "b", monkeypatch) is None
+
+
+def test_the_numbers_up_to_a_checkpoint_are_there_before_it(url: str, tmp_path: Path) -> None:
+    metrics = storage.local_root(url) / "ppo/metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text("1\n")
+    save_there(url, 1)
+    assert (tmp_path / "there/run/ppo/metrics.jsonl").read_text() == "1\n"
+
+
+def test_killed_at_any_upload_the_old_or_the_new_one_is_whole_there(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine is gone at the first, second, ... call that changes the URL, and another one goes on: for a new step,
+    and for steps that are there already."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    for step in (3, 2, 1):
+        moment, ended = 0, False
+        while not ended:
+            run = f"{url}-{step}-{moment}"
+            save_there(run, 1)
+            save_there(run, 2)
+            left = moment
+            with monkeypatch.context() as patch:
+                for name in ("put_file", "rm_file", "rm"):
+                    def counted(*args: Any, call: Any = getattr(LocalFileSystem, name), **options: Any) -> Any:  # noqa: B008
+                        nonlocal left
+                        if left <= 0:
+                            raise Killed
+                        left -= 1
+                        return call(*args, **options)
+                    patch.setattr(LocalFileSystem, name, counted)
+                try:
+                    save_there(run, step, keep_last=1 if step == 3 else 2)
+                    ended = True
+                except Killed:
+                    pass
+            storage.renew()  # another process
+            found = newest_elsewhere(run, tmp_path / "b", monkeypatch)
+            assert found is not None and found.step in (1, 2, step)
+            assert step != 3 or found.step != 1
+            moment += 1
+        assert moment > 3
+
+
+def test_files_must_be_at_the_url_as_announced(url: str, tmp_path: Path) -> None:
+    c = checkpoints(storage.local_root(url) / "ppo/checkpoints")
+    files = write_there(c.begin(1), 1)
+    (tmp_path / "there/run/ppo/checkpoints/step-00000001" / SHARD).unlink()
+    with pytest.raises(UserError, match=f"^{url}/ppo/checkpoints/step-00000001/{SHARD} was written and is not there"):
+        c.commit(1, files, {}, {})
+
+
+def test_what_an_earlier_run_left_of_a_step_is_no_part_of_the_new_one(url: str, tmp_path: Path) -> None:
+    c = checkpoints(storage.local_root(url) / "ppo/checkpoints")
+    write_there(c.begin(1), 1)
+    (tmp_path / "there/run/ppo/checkpoints/step-00000001/policy-00001-of-00002.safetensors").write_bytes(b"")
+    save_there(url, 1)
 
 
 # -- disks that cannot be written ----------------------------------------------------------------------------------
