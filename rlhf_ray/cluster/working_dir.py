@@ -13,7 +13,7 @@ from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
 from rlhf_ray.errors import UserError
 
-# Of the root, beside Ray's own: what runs make, and what tools keep. The rest is up to .gitignore and .rayignore.
+# Beside Ray's own: what runs make, and what tools keep. The rest is up to .gitignore and .rayignore.
 LEFT_OUT = ("/outputs", "/wandb", "*.egg-info", ".*_cache")
 MOST_BYTES = DASHBOARD_CLIENT_MAX_SIZE - 2**20  # in one request, with its own bytes and the archive's table
 MOST_FILES = 20_000
@@ -41,7 +41,9 @@ def collect(
             raise _too_large(root, sizes, len(files))
 
     def below(directory: Path) -> Iterable[Path]:
-        return directory.rglob("*") if directory.is_dir() else [directory]
+        if not directory.is_dir():
+            return [directory]
+        return (path for path in directory.rglob("*") if "__pycache__" not in path.parts)
 
     excludes = [_get_excludes(root, [*get_runtime_env_default_excludes(), *LEFT_OUT]), without.__contains__]
     _dir_travel(root, excludes, lambda path: add(path, str(path.relative_to(root))), include_gitignore=True,

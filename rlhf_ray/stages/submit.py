@@ -60,19 +60,22 @@ def submit(words: Sequence[str], config_dirs: Sequence[str], address: str | None
     root = Path.cwd()
     jobs = plan(words, config_dirs, sweep, root)
     others = {f"config-dir-{i}": Path(d).absolute() for i, d in enumerate(config_dirs)}
-    with tempfile.TemporaryDirectory() as scratch, console.status(f"packing {root}"):
-        files = collect(root, {Path(job.cfg.output_dir) for job in jobs},
-                        (path for job in jobs for path in travellers(job.cfg, job.stage, root)), others)
+    named = [path for job in jobs for path in travellers(job.cfg, job.stage, root)]
+    with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch) / "working_dir.zip"
-        write(files, archive)
+        try:
+            files = collect(root, {Path(job.cfg.output_dir) for job in jobs}, named, others)
+            write(files, archive)
+        except OSError as error:
+            raise UserError(f"cannot pack {error.filename or root}: {error.strerror or error}") from error
         server = JobServer(server_address)
         check_room(server, jobs)
+        if files:
+            size = archive.stat().st_size / 2**20
+            console.print(f"{len(files)} files of {root} go along, {size:.1f} MiB", markup=False)
         for job in jobs:
             server.submit(job.id, entrypoint(job, list(others)), metadata(job), archive if files else None)
-    size = sum(path.stat().st_size for path in files.values())
-    console.print(f"{len(files)} files of {root} went along, {size / 2**20:.1f} MiB", markup=False)
-    for job in jobs:
-        console.print(f"job {job.id} on {server_address}\n  output_dir={job.cfg.output_dir}", markup=False)
+            console.print(f"job {job.id} on {server_address}\n  output_dir={job.cfg.output_dir}", markup=False)
     if not wait:
         console.print(how_to(server_address, jobs), markup=False)
         return 0

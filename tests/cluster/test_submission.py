@@ -21,6 +21,7 @@ from rlhf_ray.errors import UserError
 def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.setenv(name, "")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray's library turns it on, for the tests after this one, too
 
 
 def details(status: JobStatus, code: int | None = None) -> JobDetails:

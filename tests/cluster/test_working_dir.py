@@ -30,7 +30,7 @@ def test_what_git_ignores_and_what_runs_make_stays_here(tmp_path: Path) -> None:
 def test_what_is_named_goes_along_in_any_case(tmp_path: Path) -> None:
     root, conf = tmp_path / "root", tmp_path / "conf"
     tree(root, "a.py", "data/demos.jsonl", "data/other.jsonl", "outputs/old/model/config.json", "outputs/old/log")
-    tree(conf, "experiment/mine.yaml")
+    tree(conf, "experiment/mine.yaml", "__pycache__/x.pyc")
     (root / ".gitignore").write_text("data\n")
     named = [root / "data/demos.jsonl", root / "outputs/old/model", root / "a.py"]
     found = collect(root, [], named, {"config-dir-0": conf})

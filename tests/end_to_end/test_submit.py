@@ -48,8 +48,7 @@ class Head:
         return subprocess.Popen(
             ["unshare", "-m", "sh", "-c", f"{before} && exec ray start --block --address={self.gcs} --num-cpus=2 "
              f"--object-store-memory={2**27} {ports}"],
-            env=self.env | {"RAY_AUTH_MODE": "token", "PACKAGE": str(ROOT / "rlhf_ray")}, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+            env=self.env | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def _run(self, command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=cwd, env=self.env | env, text=True, capture_output=True, timeout=400,
@@ -175,9 +174,13 @@ def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_
         pytest.skip(f"mount namespaces are not permitted: {may.stderr.strip()}")
     (tmp_path / "other/rlhf_ray").mkdir(parents=True)
     (tmp_path / "other/rlhf_ray/__init__.py").write_text("")
+    installed = subprocess.run([sys.executable, "-c", "import rlhf_ray; print(rlhf_ray.__path__[0])"], cwd="/",
+                               env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, check=True)
+    packages = " ".join({str(ROOT / "rlhf_ray"), installed.stdout.strip()})  # from both it can be imported here
     nodes: list[subprocess.Popen[bytes]] = []
     try:
-        for before in ("mount -t tmpfs tmpfs $PACKAGE", f"export PYTHONPATH={tmp_path}/other",
+        for before in (f"for package in {packages}; do mount -t tmpfs tmpfs $package; done",
+                       f"export PYTHONPATH={tmp_path}/other",
                        f"mount -t tmpfs tmpfs {out}", f"mount --bind {out} {out} && mount -o remount,ro,bind {out}"):
             nodes.append(head.start_node(before))
             # One after the other: nodes that start at once on one machine are in each other's way.
@@ -191,8 +194,8 @@ def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_
     assert done.returncode == 2, done.stdout[-3000:]
     for says in ("has no rlhf_ray: install it there", "has another rlhf_ray than the driver",
                  "does not share output_dir", "cannot write to output_dir, "):
-        line, = [line for line in done.stdout.splitlines() if says in line]
-        assert line.startswith("rlhf-ray: error: node ")
+        lines = [line for line in done.stdout.splitlines() if says in line]
+        assert len(lines) == 1 and lines[0].startswith("rlhf-ray: error: node "), done.stdout
     assert_nothing_is_left(head)
     assert not list((out / "sft").glob(".seen*"))
 
