@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,15 +45,18 @@ class LearnerRole(Role):
         # This thread only: it runs where a core would be idle, for an engine waits as a whole for each of its threads.
         os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
         path = Path(directory)
-        if kept_elsewhere := storage.url_of(path) is not None:
-            path.mkdir(parents=True, exist_ok=True)  # the driver may be on another node
-        files = []
+        kept_elsewhere, files = storage.url_of(path) is not None, []
+        if kept_elsewhere:  # where the driver is on another node, nobody makes or removes directories here
+            path.mkdir(parents=True, exist_ok=True)
+            for before in set(path.parent.glob(".step-*.tmp")) - {path}:
+                with suppress(OSError):  # the driver is here, and was faster
+                    before.rmdir()
         for name, tensors, header in self.copied:
             files.append(write_tensors(path / name, tensors, header))
             storage.publish(path / name)
             if kept_elsewhere:
                 storage.settle()
-                (path / name).unlink()  # this node would collect one checkpoint after the other
+                (path / name).unlink()
         self.copied = []
         return files
 
