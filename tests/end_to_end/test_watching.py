@@ -82,8 +82,8 @@ def test_a_job_is_watched_from_elsewhere(head: Head, ppo: tuple[list[str], Path]
             "critic-0 values", "policy-0 update", "critic-0 update", "policy-0 push", "reward-0 samples"} <= set(work)
     for task, phase in (("generator-0 rollout", "rollout"), ("policy-0 update", "update"),
                         ("policy-0 push", "weight_sync")):
-        (begins, ends), inside = boxes[f"iteration {ITERATIONS}: {phase}"], work[task]
-        assert begins <= inside[0] and inside[1] <= ends
+        begins, ends = work[task]  # of the last that Ray has told of; it may be late by an iteration
+        assert any(box[0] <= begins and ends <= box[1] for name, box in boxes.items() if name.endswith(f": {phase}"))
     actors = [e["cat"] for e in events if e["name"] == "__init__"]
     assert any(re.fullmatch(r"task::policy-0\.\d+:PolicyLearner\.__init__", name) for name in actors)
 
