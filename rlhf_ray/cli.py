@@ -2,7 +2,7 @@
 
 Exit status: 0 done; 1 failed (with a post-mortem or a traceback; or, from doctor, something needed is missing); 2 the
 user can fix it (one line on stderr for each problem); 130 Ctrl-C; 143 SIGTERM. After the last two the same command goes
-on from the checkpoint that was saved.
+on from the checkpoint that was saved. `submit` hands back the exit status of its job.
 """
 
 import argparse
