@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ray._raylet import Config
+from ray._raylet import AuthenticationTokenLoader, Config
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors, list_nodes, list_placement_groups
 
@@ -75,7 +75,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         patch.setenv("RAY_AUTH_MODE", "token")  # this process asks the cluster, too
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-        Config.initialize("")
+        forget_the_token()
         head = Head(f"http://127.0.0.1:{ports['dashboard-port']}", f"127.0.0.1:{ports['port']}", env)
         try:
             wait_for(lambda: answers(head), 60)
@@ -83,6 +83,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         finally:
             process.terminate()
             process.wait(30)
+    forget_the_token()
+
+
+def forget_the_token() -> None:
+    """Ray keeps the first token and the first mode that a process had."""
+    AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
 
 
