@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError
 from torch import Tensor
 
 from rlhf_ray.actors.learner_role import LearnerRole
@@ -52,8 +53,22 @@ class RLLearner(LearnerRole):
     """Base of the two: packing, and rows of batches."""
 
     cfg: LearnerConfig
+    learner: Learner
     row_length: int
     one_row: bool
+
+    def _read(self, shards: Sequence[Any]) -> list[RolloutBatch]:
+        """What this rank is to pass through; nothing on all ranks if one of them cannot read its own, and raises
+        there: else the others would wait for it in the pass."""
+        error, rollouts = None, list[RolloutBatch]()
+        try:
+            rollouts = ray.get(list(shards))
+        except RayError as lost:
+            error = lost
+        (failed,) = self.learner.sum(float(error is not None))
+        if error is not None:
+            raise error
+        return [] if failed else rollouts
 
     def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
         return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens, self.one_row)
@@ -91,7 +106,7 @@ class CriticLearner(RLLearner):
 
     def values(self, shards: Sequence[Any]) -> list[Any]:
         """References to the values float32 [T] of this rank's shards: entry t is predicted before token t."""
-        rollouts: list[RolloutBatch] = ray.get(list(shards))
+        rollouts = self._read(shards)
         packed = [(r, self._pack(r.ids, r.lengths)) for r in rollouts]
         outputs = iter(self.learner.forward(
             [rows for _, batches in packed for rows in batches],

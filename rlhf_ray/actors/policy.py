@@ -48,6 +48,17 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class OldLogprobs:
+    """Of one shard: a reference to them, float32 [T], and sums over its response tokens: how many, entropy, and
+    |trainer - engine| log-probability, nats."""
+
+    logprobs: Any
+    tokens: int
+    entropy: float
+    gap: float
+
+
+@dataclass(frozen=True)
 class Prepared:
     """References to PolicyBatch and CriticBatch (none without a critic), shard by shard, and the batch's numbers;
     seen: moments of its raw scores. Numbers and moments are the same on every rank."""
@@ -83,12 +94,9 @@ class PolicyLearner(RLLearner):
         self.version = 0
         self.sender: WeightSender | None = None
 
-    def score(self, shards: Sequence[Any]) -> tuple[list[Any], list[float]]:
-        """Log-probabilities before the update of this rank's shards (references), and sums over them.
-
-        The sums: response tokens, entropy, |trainer - engine| log-probability. Returns ([-> float32 [T]], sums).
-        """
-        rollouts: list[RolloutBatch] = ray.get(list(shards))
+    def score(self, shards: Sequence[Any]) -> list[OldLogprobs]:
+        """Log-probabilities before the update of this rank's shards."""
+        rollouts = self._read(shards)
         packed = [(r, self._pack(r.ids, r.lengths)) for r in rollouts]
         wanted = iter([rows.pick(r.in_response, False) for r, batches in packed for rows in batches])
 
@@ -97,17 +105,16 @@ class PolicyLearner(RLLearner):
             return torch.stack(self.learner.engine(rows.ids, rows.positions, chosen, self.sampling.temperature))
 
         outputs = iter(self.learner.forward([rows for _, batches in packed for rows in batches], pass_))
-        refs, sums = [], [0.0, 0.0, 0.0]
+        scored = []
         for rollout, batches in packed:
-            logprobs, mask = np.zeros(len(rollout.ids), dtype=np.float32), rollout.in_response
+            logprobs, mask, entropy = np.zeros(len(rollout.ids), dtype=np.float32), rollout.in_response, 0.0
             for rows in batches:
                 values, entropies = next(outputs)
                 logprobs[rows.index[rows.pick(mask, False)].numpy()] = values.numpy()
-                sums[1] += float(entropies.sum())
-            sums[0] += float(mask.sum())
-            sums[2] += float(np.abs(logprobs - rollout.sampled_logprobs)[mask].sum())
-            refs.append(ray.put(logprobs))
-        return refs, self.learner.sum(*sums)
+                entropy += float(entropies.sum())
+            gap = float(np.abs(logprobs - rollout.sampled_logprobs)[mask].sum())
+            scored.append(OldLogprobs(ray.put(logprobs), int(mask.sum()), entropy, gap))
+        return scored
 
     # -- advantages ----------------------------------------------------------------------------------------------
 

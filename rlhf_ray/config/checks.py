@@ -226,6 +226,16 @@ def _algorithm(cfg: Config, runs: list[str]) -> Iterator[str]:
     if a.kl_target is not None and a.kl_coef == 0:
         yield (f"algorithm.kl_target={a.kl_target:g} adapts algorithm.kl_coef by factors, and 0 stays 0: give a "
                "positive algorithm.kl_coef to start from")
+    if cfg.ppo.schedule == "one_step_off":
+        if a.importance_cap is None:
+            yield ("ppo.schedule=one_step_off learns from responses of older weights, for which "
+                   "algorithm.importance_cap=null corrects nothing: set it (schedule=one_step_off sets 2)")
+        if cfg.checkpoint.iterations == 1:
+            yield ("ppo.schedule=one_step_off samples nothing ahead of an iteration with a checkpoint, and "
+                   "checkpoint.iterations=1 saves every one: raise it (schedule=one_step_off sets 10)")
+        if cfg.cluster.placement == "colocated":
+            yield ("ppo.schedule=one_step_off samples while it learns, but cluster.placement=colocated has both take "
+                   "turns: set schedule=synchronous, or cluster.placement=separate")
     if cfg.ppo.critic_warmup_iterations and a.name != "ppo":
         yield (f"ppo.critic_warmup_iterations={cfg.ppo.critic_warmup_iterations} but algorithm.name={a.name} has no "
                "critic: set it to 0")
@@ -278,12 +288,6 @@ def _devices(cfg: Config, runs: list[str]) -> Iterator[str]:
     if cfg.model.attn_implementation == "flash_attention_2" and torch_on_cpu:
         keys = ", ".join(f"roles.{role}.gpus=0" for role in torch_on_cpu)
         yield f"model.attn_implementation=flash_attention_2 needs GPUs, but {keys}: give them GPUs or set it to sdpa"
-    if cfg.model.dtype == "bfloat16" and "ppo" in runs:
-        ppo_on_cpu = [role for role in STAGE_ROLES["ppo"] if role in on_cpu]
-        if ppo_on_cpu:
-            keys = ", ".join(f"roles.{role}.gpus=0" for role in ppo_on_cpu)
-            yield (f"model.dtype=bfloat16 on CPU ({keys}) makes sampled and trained log-probabilities differ: set "
-                   "model.dtype=float32, or give these roles GPUs")
     on_gpu = [role for stage in runs for role in STAGE_ROLES[stage] if getattr(cfg.roles, role).gpus]
     if cfg.cluster.placement == "cpu" and on_gpu:
         keys = ", ".join(f"roles.{role}.gpus={getattr(cfg.roles, role).gpus:g}" for role in dict.fromkeys(on_gpu))

@@ -257,6 +257,8 @@ class AlgorithmConfig:
 @dataclass
 class PPOConfig:
     iterations: int = opt(40, "PPO iterations", ge=1)
+    schedule: str = opt("synchronous", "`synchronous`: sample, learn, sync; `one_step_off`: the next batch is sampled "
+                        "while this one is learnt from", choices=("synchronous", "one_step_off"))
     critic_warmup_iterations: int = opt(0, "first iterations that update only the critic", ge=0)
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -25,6 +25,7 @@ from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import Recorder
+from rlhf_ray.train.ahead import Ahead
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.fleet import Fleet
 from rlhf_ray.train.interruption import Interruption
@@ -33,6 +34,7 @@ from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.recovery import Recovery, Saver
 from rlhf_ray.train.roles import sync_backend
 from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
+from rlhf_ray.train.scoring import Scoring, share, unshare
 from rlhf_ray.train.watch import Watch
 
 
@@ -77,6 +79,7 @@ class PPOTrainer:
         self.prompts, self.ptx, self.recorder, self.watch = prompts, ptx, recorder, watch
         self.fleet, self.cast = fleet, fleet.cast
         self.step, self.version = 0, 1
+        self.ahead = Ahead(workers)
         self.begun = self.done = False
         self.saving: dict[str, float] = {}  # seconds
         self.weights = cfg.reward.weights or [1.0] * len(cfg.reward.sources)
@@ -101,13 +104,15 @@ class PPOTrainer:
                         self.interruption.allow()
                         if isinstance(error, ObjectLostError):
                             self.workers.forget()  # what is kept may be gone with its node
+                        self.load_state_dict(self.boundary)
                         if not isinstance(error, Again):
                             self.recovery.heal(error)
-                        self.load_state_dict(self.boundary)
+                        self.ahead.drop()
             except BaseException:
                 self.saver.last(self.save)
                 raise
             finally:
+                self.ahead.drop()
                 self.workers.forget()
 
     def go_on(self, checkpoint: Checkpoint | None) -> None:
@@ -144,22 +149,28 @@ class PPOTrainer:
     def run_step(self, step: int) -> dict[str, Any]:
         clock, started = Clock(step, self.enter), time.monotonic()
         with clock("rollout"):
-            rollouts = self.workers.run(self.samples(step), self.version, self.fleet.wanted)
+            rollouts, scoring = self.rollout(step)
         waiting = self.workers.waiting(rollouts)
+        if ahead := self.looks_ahead(step):
+            if self.version < step:
+                with clock("weight_sync"):
+                    self.push_weights(step)
+            self.ahead.begin(self.prompts.state_dict(), self.samples(step + 1), self.version, self.fleet.wanted)
         with clock("score"):
-            measured = self.score(rollouts)
+            measured = scoring.finish(rollouts, self.policy.timeout_s)
         reading = self.workers.read(rollouts, self.weights, self.cfg.rollout.batch_size)  # beside the next phase
         with clock("advantages"):
             batch = self.prepare(rollouts)
             samples = self.workers.texts(reading)
-        staleness = self.version - rollouts.version
+        staleness = step - rollouts.version
         self.saver.poll()
         self.interruption.defer()  # until the iteration is whole
         self.recovery.updating = True
         with clock("update"):
             report = self.update(step, rollouts, batch)
-        with clock("weight_sync"):
-            self.push_weights(step + 1)
+        if not ahead:
+            with clock("weight_sync"):
+                self.push_weights(step + 1)
         judged = wait(rollouts.judged, self.policy.timeout_s, "judge")
         clock.close(time.monotonic() - started, self.saving)
         values = {
@@ -185,6 +196,23 @@ class PPOTrainer:
         prompts = np.repeat(self.prompts.take(r.batch_size // r.samples_per_prompt), r.samples_per_prompt)
         return [Sample(i, int(p), sample_seed(seed, step, i)) for i, p in enumerate(prompts)]
 
+    def looks_ahead(self, step: int) -> bool:
+        """Whether the batch after this one is sampled while this one is learnt from."""
+        p, checkpoint = self.cfg.ppo, self.cfg.checkpoint
+        return p.schedule == "one_step_off" and step < p.iterations and step % checkpoint.iterations != 0
+
+    def rollout(self, step: int) -> tuple[Rollouts, Scoring]:
+        """The batch of this step, and what the learners are asked about it: shard by shard while the others are
+        sampled, unless they have no device or no time for that."""
+        ahead = self.ahead.take()
+        scoring = Scoring(None if self.on_policy else self.policy, self.critic,
+                          eager=ahead is None and not self.workers.turns.shared)
+        if ahead is None:
+            return self.workers.run(self.samples(step), self.version, self.fleet.wanted, scoring.add), scoring
+        for shard in ahead.shards:
+            scoring.add(shard.rollout)
+        return ahead, scoring
+
     @property
     def on_policy(self) -> bool:
         """Whether the update computes the old log-probabilities itself: they are those of its only pass, and nothing
@@ -192,44 +220,20 @@ class PPOTrainer:
         a, batch = self.cfg.algorithm, self.cfg.rollout.batch_size
         return a.ppo_epochs == 1 and batch <= a.minibatch_size and a.kl_in == "loss" and a.importance_cap is None
 
-    def score(self, rollouts: Rollouts) -> dict[str, float]:
-        """Old log-probabilities and values, while reward and reference finish. Returns mean entropy and mismatch.
-
-        Everything that a reward source can raise is raised here, before anything has been updated.
-        """
-        shards = [s.rollout for s in rollouts.shards]
-        if not shards:
-            raise UserError("every response of this iteration is empty: the policy ends before it begins; look at "
-                            "data.template and at what sft was trained on")
-        policy = [] if self.on_policy else self.policy.start_each(
-            PolicyLearner.score, [(s,) for s in _share(shards, len(self.policy))])
-        critic = self.critic.start_each(CriticLearner.values, [(s,) for s in _share(shards, len(self.critic))]) \
-            if self.critic else []
-        scores = [ref for s in rollouts.shards for ref in s.scores]
-        results = wait(policy + critic + scores, self.policy.timeout_s, "scoring")
-        old = _unshare([refs for refs, _ in results[: len(policy)]]) if policy else [None] * len(shards)
-        values = _unshare(results[len(policy) : len(policy) + len(critic)]) if self.critic else [None] * len(shards)
-        rollouts.shards = [replace(s, old_logprobs=o, values=v)
-                           for s, o, v in zip(rollouts.shards, old, values, strict=True)]
-        if not policy:
-            return {}
-        tokens, entropy, gap = results[0][1]
-        return {"entropy": entropy / tokens, "mismatch": gap / tokens}
-
     def prepare(self, rollouts: Rollouts) -> Prepared:
         """Rewards, advantages, returns: references to train batches, and the batch's numbers."""
         r = self.cfg.reward
         shaping = Shaping(r.truncated, r.truncation_penalty, r.overlong_tokens, r.overlong_penalty, r.normalize, r.clip,
                           self.cfg.rollout.max_response_tokens)
-        shares = _share(rollouts.shards, len(self.policy))
+        shares = share(rollouts.shards, len(self.policy))
         results = self.policy.call_each(
             PolicyLearner.prepare, [(s, self.weights, shaping, self.kl_coef, self.seen_scores) for s in shares])
         if not results[0].seen.count:
             raise UserError("every response of this iteration was cut at rollout.max_response_tokens="
                             f"{self.cfg.rollout.max_response_tokens}, and reward.truncated=drop leaves nothing to "
                             "learn from: raise the first, or set reward.truncated=penalty")
-        return Prepared(_unshare([x.policy for x in results]),
-                        _unshare([x.critic for x in results]) if self.critic else [], results[0].numbers,
+        return Prepared(unshare([x.policy for x in results]),
+                        unshare([x.critic for x in results]) if self.critic else [], results[0].numbers,
                         results[0].seen)
 
     def update(self, step: int, rollouts: Rollouts, batch: Prepared) -> dict[str, float]:
@@ -304,7 +308,8 @@ class PPOTrainer:
     def state_dict(self) -> dict[str, Any]:
         """What the driver knows besides its configuration: JSON-able."""
         return {"step": self.step, "kl_coef": self.kl_coef, "seen_scores": asdict(self.seen_scores),
-                "prompts": self.prompts.state_dict(), "ptx": self.ptx.state_dict() if self.ptx else None,
+                "prompts": self.ahead.prompts or self.prompts.state_dict(),
+                "ptx": self.ptx.state_dict() if self.ptx else None,
                 "recorded": self.recorder.positions, "watch": self.watch.state_dict(),
                 "fleet": self.fleet.state_dict()}
 
@@ -325,15 +330,3 @@ class PPOTrainer:
         self.load_state_dict(checkpoint.state if checkpoint else self.start)
         console.print(f"going on after iteration {self.step}")
 
-
-def _share(items: list[Any], ranks: int) -> list[list[Any]]:
-    """Deal shards to ranks in turn (they are of one size, whatever their order)."""
-    return [items[rank::ranks] for rank in range(ranks)]
-
-
-def _unshare(parts: list[list[Any]]) -> list[Any]:
-    """The inverse of `_share`."""
-    out: list[Any] = [None] * sum(len(p) for p in parts)
-    for rank, part in enumerate(parts):
-        out[rank :: len(parts)] = part
-    return out

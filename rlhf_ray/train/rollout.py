@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from rlhf_ray.actors.generator import Generator, Sample
 from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
-from rlhf_ray.cluster.group import Group, Overdue, debtors, wait
+from rlhf_ray.cluster.group import IO, Group, Overdue, debtors, wait
 from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.types import RolloutInfo, SampleText
 from rlhf_ray.train.turns import Turns
@@ -70,6 +70,10 @@ class _Shard:
     info: RolloutInfo
 
 
+class Forgotten(Exception):
+    """Nobody wants these rollouts any more."""
+
+
 class RolloutWorkers:
     """The generators and the frozen scorers, working side by side."""
 
@@ -81,9 +85,12 @@ class RolloutWorkers:
         self._samples: tuple[int, list[Sample], int] = (0, [], 0)  # weights, samples and shares of what is kept
         self._kept: dict[int, list[_Shard]] = {}  # by share
 
-    def run(self, samples: list[Sample], version: int, shares: int) -> Rollouts:
+    def run(
+        self, samples: list[Sample], version: int, shares: int, heard: Callable[[Any], None] = lambda shard: None
+    ) -> Rollouts:
         """Sample everything with weights `version`, in so many shares; scores are on their way when this returns.
 
+        heard: is told of every shard, a reference, as soon as it is there.
         Called again with the same arguments, after actors were replaced, it does only what is missing. Raises
         one of LOST, when the other generators are done, if one died; Overdue if none delivers within the call
         deadline.
@@ -94,6 +101,8 @@ class RolloutWorkers:
             self._samples = version, samples, shares
         missing = {i: samples[i::shares] for i in range(shares) if i not in self._kept and samples[i::shares]}
         self._kept = {i: [self._ask(shard) for shard in shards] for i, shards in self._kept.items()}
+        for kept in (shard for shards in self._kept.values() for shard in shards):
+            heard(kept.scored.rollout)
         found: dict[int, list[_Shard]] = {i: [] for i in missing}
         lost: Exception | None = None
         for share, shard, info in self._shards(missing, version):
@@ -102,6 +111,7 @@ class RolloutWorkers:
                 del found[share]
             else:
                 found[share].append(self._ask(_Shard(ScoredShard(shard, (), None), None, info)))
+                heard(shard)
         self._kept |= found
         self.turns.learn()
         if lost:
@@ -112,7 +122,7 @@ class RolloutWorkers:
                         [s.judged for s in shards if s.judged is not None])
 
     def forget(self) -> None:
-        """Keep nothing."""
+        """Keep nothing; a `run` that is under way on another thread raises Forgotten within a second."""
         self._samples, self._kept = (0, [], 0), {}
 
     def _ask(self, shard: _Shard) -> _Shard:
@@ -152,7 +162,8 @@ class RolloutWorkers:
             rows = np.flatnonzero(np.isin(info.positions, places)).tolist()
             if rows:
                 refs.append(self.rewards[0].submit(len(refs) % len(self.rewards[0]), Reader.samples,
-                                                   (shard.rollout, rows, weights, *shard.scores)))
+                                                   (shard.rollout, rows, weights, *shard.scores),
+                                                   concurrency_group=IO))
         return refs
 
     def texts(self, reading: Sequence[Any]) -> list[SampleText]:
@@ -163,7 +174,8 @@ class RolloutWorkers:
     def costs(self) -> dict[str, dict[str, float]]:
         """Since the last call, by reward source and of the reference: seconds of work of all its actors, retries."""
         groups = [*self.rewards, self.reference]
-        answers = iter(wait([ref for group in groups for ref in group.start(RewardModel.stats)],
+        answers = iter(wait([ref for group in groups for ref in group.start(RewardModel.stats,
+                                                                                     concurrency_group=IO)],
                             self.reference.timeout_s, "stats"))
         each = {group.role: [next(answers) for _ in group.actors] for group in groups}
         return {role: {key: sum(s[key] for s in some) for key in ("seconds", "retries")} for role, some in each.items()}
@@ -190,9 +202,14 @@ class RolloutWorkers:
             stream = self.generators.submit(i, Generator.rollout, (samples, version, self.temperature, self.max_tokens),
                                             num_returns="streaming")
             streams[stream] = share, self.generators.actors[i]
-        deadline = time.monotonic() + self.generators.timeout_s
+        deadline, asked = time.monotonic() + self.generators.timeout_s, self._samples
         while streams:
-            ready, _ = ray.wait(list(streams), timeout=max(0.0, deadline - time.monotonic()), fetch_local=False)
+            left = deadline - time.monotonic()
+            ready, _ = ray.wait(list(streams), timeout=max(0.0, min(1.0, left)), fetch_local=False)
+            if self._samples is not asked:
+                raise Forgotten
+            if not ready and left > 1:
+                continue
             if not ready:
                 late = {actor._actor_id.hex() for _, actor in streams.values()}
                 raise Overdue(f"rollout: {len(late)} of {len(self.generators)} generators delivered nothing within "

@@ -89,12 +89,34 @@ def test_no_logits_outlive_their_chunk(entropy_grad):
 
 
 def test_chunks_are_no_larger_than_asked(monkeypatch):
+    """In the backward pass neither. A single chunk's logits are kept, and not computed again."""
     sizes = []
-    chunk = module._chunk
-    monkeypatch.setattr(module, "_chunk", lambda h, *rest: sizes.append(len(h)) or chunk(h, *rest))
+    logits = module._logits
+    monkeypatch.setattr(module, "_logits", lambda h, *rest: sizes.append(len(h)) or logits(h, *rest))
     hidden, weight, targets, _ = inputs()
-    token_logprobs(hidden.detach(), weight.detach(), targets, 1.0, chunk_size=4)
-    assert sizes == [4, 4, 3]
+    token_logprobs(hidden, weight, targets, 1.0, chunk_size=4)[0].sum().backward()
+    assert sizes == [4, 4, 3, 3, 4, 4]
+    sizes.clear()
+    token_logprobs(hidden, weight, targets, 1.0, chunk_size=11)[0].sum().backward()
+    assert sizes == [11]
+    sizes.clear()
+    monkeypatch.setattr(module, "CHUNK_BYTES", 6 * 17 * 4)  # six tokens of a vocabulary of 17
+    token_logprobs(hidden.detach(), weight.detach(), targets, 1.0)
+    assert sizes == [6, 5]
+
+
+def test_autocast_is_that_of_the_forward_pass():
+    """The products are bfloat16, in the backward pass too; gradients have the dtype of what they belong to."""
+    hidden, weight, targets, upstream = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = token_logprobs(hidden, weight, targets, 1.0)
+    grads = torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight))
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    expected, _ = token_logprobs(*low, targets, 1.0)
+    torch.testing.assert_close(logprobs, expected)
+    for grad, theirs in zip(grads, torch.autograd.grad((expected * upstream).sum(), low), strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, theirs.float())
 
 
 def test_softmax_is_float32_for_bfloat16_models():

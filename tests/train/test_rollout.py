@@ -14,7 +14,7 @@ from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.cluster.group import Group
 from rlhf_ray.train import rollout as module
-from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
+from rlhf_ray.train.rollout import Forgotten, Rollouts, RolloutWorkers
 from rlhf_ray.train.turns import Turns
 
 SAMPLES = [Sample(i, i, i) for i in range(3)]
@@ -74,7 +74,8 @@ def test_how_long_the_queues_are(workers: RolloutWorkers, monkeypatch: pytest.Mo
 def test_samples_are_at_places_spread_over_the_batch(workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 8 responses those at 0, 3 and 6; the one at 3 was empty and is in no shard."""
     asked: list[Any] = []
-    monkeypatch.setattr(Group, "submit", lambda group, i, method, args: asked.append((group.role, i, method, args)))
+    monkeypatch.setattr(Group, "submit",
+                        lambda group, i, method, args, **_: asked.append((group.role, i, method, args)))
     infos: list[Any] = [SimpleNamespace(positions=np.array(p)) for p in ([1, 2, 4], [0, 6, 7], [5])]
     shards = [ScoredShard(f"shard {i}", (f"scores {i}", f"others {i}"), None) for i in range(3)]
     workers.read(Rollouts(shards, infos), [1.0, 0.5], 8)
@@ -109,3 +110,23 @@ def test_of_other_weights_or_samples_nothing_is_kept(workers: RolloutWorkers, sa
     failed(workers)
     workers.run(samples, version, 2)
     assert [call for call in Actor.calls if call.startswith("g")] == ["g2 shard 02", "g1 shard 1"]
+
+
+def test_every_shard_is_told_of_when_it_is_there_and_those_that_were_kept_at_once(workers: RolloutWorkers) -> None:
+    heard: list[str] = []
+    workers.run(SAMPLES, 1, 2, heard.append)
+    assert heard == ["shard 1", "shard 02"]
+    heard.clear()
+    workers.run(SAMPLES, 1, 2, heard.append)
+    assert heard == ["shard 02", "shard 1"]
+
+
+def test_a_rollout_that_is_forgotten_ends(workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for what nobody sends any more."""
+    def nothing(*_: Any, **__: Any) -> tuple[list[Any], list[Any]]:
+        workers.forget()
+        return [], []
+
+    monkeypatch.setattr(module.ray, "wait", nothing)
+    with pytest.raises(Forgotten):
+        workers.run(SAMPLES, 1, 2)

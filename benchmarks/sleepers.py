@@ -1,0 +1,191 @@
+"""The real loop, group handling and object store around actors whose engines only sleep: what is left is orchestration.
+
+Every actor answers as the role does whose name it bears, with arrays of the right sizes and types, and takes as long as
+`Pace` says. Nothing here imports torch, so that over a hundred of them fit into the memory of a small machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from rlhf_ray.cluster.role import Role
+from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch, RolloutInfo, SampleText
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds: of the longest response, of a forward pass over one rollout, of an update, of a sync. tokens: of every
+    response; the time that a response takes is spread as lognormal, sigma 0.8, cut at `generation_s`."""
+
+    generation_s: float = 0.0
+    forward_s: float = 0.0
+    update_s: float = 0.0
+    sync_s: float = 0.0
+    tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Scored:
+    """As rlhf_ray.actors.policy.OldLogprobs, which imports torch."""
+
+    logprobs: Any
+    tokens: int
+    entropy: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Ready:
+    """As rlhf_ray.actors.policy.Prepared. seen: three numbers, that of all scores among them."""
+
+    policy: list[Any]
+    critic: list[Any]
+    numbers: dict[str, float]
+    seen: Any
+
+
+class SleepingGenerator(Role):
+    def setup(self, pace: Pace, shard_size: int) -> None:
+        self.pace, self.shard_size = pace, shard_size
+
+    def rollout(self, samples: Sequence[Any], version: int, *_: Any) -> Iterator[RolloutBatch | RolloutInfo]:
+        rng = np.random.default_rng([s.seed for s in samples])
+        ends = np.sort(np.minimum(rng.lognormal(-1.5, 0.8, len(samples)), 1.0)) * self.pace.generation_s
+        ends[-1] = self.pace.generation_s  # every generator has one of the longest
+        started = time.monotonic()
+        for first in range(0, len(samples), self.shard_size):
+            some = samples[first : first + self.shard_size]
+            time.sleep(max(0.0, started + ends[first + len(some) - 1] - time.monotonic()))
+            n, tokens = len(some), self.pace.tokens
+            lengths = np.full(n, tokens, dtype=np.int32)
+            positions = np.array([s.position for s in some])
+            yield RolloutBatch(
+                ids=np.ones(n * tokens, dtype=np.int32), lengths=lengths, prompt_lengths=lengths // 2,
+                sampled_logprobs=np.zeros(n * tokens, dtype=np.float32), truncated=np.zeros(n, dtype=bool),
+                prompt_index=np.zeros(n, dtype=np.int64), positions=positions, seeds=np.zeros(n, dtype=np.int64),
+                version=version)
+            yield RolloutInfo(positions, lengths, n * tokens // 2, 0, 0, 0, n * tokens, time.monotonic() - started,
+                              version)
+
+
+class SleepingScorer(Role):
+    """Reward model and reference in one."""
+
+    def setup(self, pace: Pace) -> None:
+        self.pace = pace
+
+    def scores(self, rollout: RolloutBatch) -> np.ndarray:
+        time.sleep(self.pace.forward_s * len(rollout.lengths))
+        return np.zeros(len(rollout.lengths), dtype=np.float32)
+
+    def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
+        time.sleep(self.pace.forward_s * len(rollout.lengths))
+        return np.zeros(len(rollout.ids), dtype=np.float32)
+
+    def samples(self, rollout: RolloutBatch, rows: Sequence[int], *_: Any) -> list[SampleText]:
+        return [SampleText(int(rollout.positions[row]), "", "", 1, False, 0.0) for row in rows]
+
+    def stats(self) -> dict[str, float]:
+        return {"retries": 0.0, "seconds": 0.001}
+
+
+class SleepingLearner(Role):
+    """Policy, or critic, without collectives: ranks do not wait for each other."""
+
+    def setup(self, pace: Pace, policy: bool) -> None:
+        self.pace, self.policy = pace, policy
+
+    def score(self, shards: Sequence[Any]) -> list[Scored]:
+        rollouts: list[RolloutBatch] = ray.get(list(shards))
+        time.sleep(self.pace.forward_s * sum(len(r.lengths) for r in rollouts))
+        return [Scored(ray.put(np.zeros(len(r.ids), dtype=np.float32)), len(r.ids), 0.0, 0.0) for r in rollouts]
+
+    def values(self, shards: Sequence[Any]) -> list[Any]:
+        return [s.logprobs for s in self.score(shards)]
+
+    def prepare(self, shards: Sequence[Any], weights: Any, shaping: Any, kl_coef: float, seen: Any) -> Ready:
+        policy, critic = [], []
+        for shard in shards:
+            rollout, ref, old, values, *_ = ray.get([
+                shard.rollout, shard.ref_logprobs, shard.old_logprobs, shard.values, *shard.scores])
+            policy.append(ray.put(PolicyBatch(rollout.ids, rollout.lengths, rollout.in_response, old, ref, ref, ref)))
+            critic.append(ray.put(CriticBatch(rollout.ids, rollout.lengths, rollout.in_response, values, ref)))
+        numbers = {"score": 0.0, "kl_per_sequence": 0.0, "response_length": float(self.pace.tokens)}
+        return Ready(policy, critic, numbers, type(seen)(0.0, 0.0, 1.0))
+
+    def update(self, batches: Sequence[Any], *_: Any) -> dict[str, float]:
+        ray.get(list(batches))
+        time.sleep(self.pace.update_s)
+        return {"policy_grad_norm" if self.policy else "critic_grad_norm": 1.0}
+
+    def connect(self, *_: Any) -> None:
+        pass
+
+    def push(self, version: int) -> None:
+        time.sleep(self.pace.sync_s)
+
+    def snapshot(self) -> None:
+        pass
+
+    def write(self, directory: str) -> list[Any]:
+        return []
+
+
+@contextmanager
+def trainer(pace: Pace, directory: Path, *overrides: str) -> Iterator[Any]:
+    """A PPOTrainer of the configuration that the overrides make, with a critic, whose actors sleep."""
+    from rlhf_ray.cluster.group import Cast
+    from rlhf_ray.cluster.runtime import session
+    from rlhf_ray.config.load import compose
+    from rlhf_ray.data.prompts import PromptStream
+    from rlhf_ray.metrics.recorder import Recorder
+    from rlhf_ray.train import roles
+    from rlhf_ray.train.checkpoint import Checkpoints
+    from rlhf_ray.train.fleet import Fleet
+    from rlhf_ray.train.ppo import PPOTrainer
+    from rlhf_ray.train.rollout import RolloutWorkers
+    from rlhf_ray.train.turns import Turns
+    from rlhf_ray.train.watch import Watch
+
+    cfg = compose(["experiment=null", "data=files", f"output_dir={directory}", "logging.wandb=disabled",
+                   "checkpoint.iterations=1000000", *overrides])
+    r, kinds = cfg.roles, ("generator", "reward", "reference", "policy", "critic")
+    with session(cfg), Cast(roles.layout_of(cfg, list(kinds)), cfg.cluster, directory) as cast:
+        generators = cast.start(SleepingGenerator, "generator", [(pace, r.generator.shard_size)] * r.generator.replicas,
+                                1)
+        policy = cast.start(SleepingLearner, "policy", [(pace, True)] * r.policy.ranks, 1)
+        critic = cast.start(SleepingLearner, "critic", [(pace, False)] * r.critic.ranks, 1)
+        reward = cast.start(SleepingScorer, "reward", [(pace,)] * r.reward.replicas, 1)
+        reference = cast.start(SleepingScorer, "reference", [(pace,)] * r.reference.replicas, 1)
+        workers = RolloutWorkers(generators, [reward], reference, None, Turns(generators, policy, False), 1.0,
+                                 cfg.rollout.max_response_tokens)
+        cast.ready()
+        with Recorder(directory, "disabled", "", asdict(cfg)) as recorder:
+            yield PPOTrainer(cfg, workers, policy, critic, PromptStream(10_000, 0), None, recorder,
+                             Watch(cfg.alarms, directory, lambda: None), Fleet(cast, r.generator.replicas, directory),
+                             Checkpoints(directory, cfg.checkpoint, {}))
+
+
+def timed(trainer: Any, warm_up: int = 2) -> dict[str, list[float]]:
+    """Train, and give of every iteration behind the first `warm_up`: its seconds, and the driver's own processor
+    seconds (all threads)."""
+    wall, cpu = [], []
+    advance = trainer.advance
+
+    def advancing() -> None:
+        started, worked = time.monotonic(), time.process_time()
+        advance()
+        wall.append(time.monotonic() - started)
+        cpu.append(time.process_time() - worked)
+
+    trainer.advance = advancing
+    trainer.run()
+    return {"iteration_s": wall[warm_up:], "driver_cpu_s": cpu[warm_up:]}

@@ -1,0 +1,51 @@
+"""The next batch, sampled while this one is learnt from: what ppo.schedule=one_step_off adds to the loop.
+
+    synchronous    | sample 1 | learn 1 | sync | sample 2 | learn 2 | sync | ...
+    one_step_off   | sample 1 | sync | learn 1  | sync | learn 2  | sync | ...
+                                     | sample 2 |      | sample 3 |
+
+So a batch is sampled by the weights before the last update, and by none older. The old log-probabilities are those of
+the learners when its turn comes (the proximal policy), and tokens are weighed by exp(theirs - the engine's), truncated
+at algorithm.importance_cap (Noukhovitch et al. 2024, "Asynchronous RLHF"; the truncation is that of Espeholt et al.
+2018, "IMPALA").
+
+Nothing is sampled ahead of an iteration that ends with a checkpoint, so that a resumed run is the same, bit for bit: it
+begins there as the run that was not cut off does. A fault in between costs the batch that was on its way; it is sampled
+again, by weights that are one step newer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from typing import Any
+
+from rlhf_ray.actors.generator import Sample
+from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
+
+
+class Ahead:
+    """A rollout on its way, if there is one. prompts: the state of the prompts before it took its own."""
+
+    def __init__(self, workers: RolloutWorkers):
+        self._workers, self._pool = workers, ThreadPoolExecutor(1, "ahead")
+        self._rollouts: Future[Rollouts] | None = None
+        self.prompts: dict[str, int] | None = None
+
+    def begin(self, prompts: dict[str, int], samples: Sequence[Sample], *args: Any) -> None:
+        """Have RolloutWorkers.run called with these."""
+        self.prompts = prompts
+        self._rollouts = self._pool.submit(self._workers.run, list(samples), *args)
+
+    def take(self) -> Rollouts | None:
+        """It, when it is there; raises what `run` raises."""
+        rollouts, self._rollouts, self.prompts = self._rollouts, None, None
+        return rollouts.result() if rollouts else None
+
+    def drop(self) -> None:
+        """Do without it."""
+        if self._rollouts:
+            self._workers.forget()
+            wait_for([self._rollouts])
+        self._rollouts = self.prompts = None

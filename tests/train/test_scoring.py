@@ -1,0 +1,105 @@
+"""Dealing shards to ranks, in waves, and putting their answers back in order. Actors are names here."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.actors.learners import ScoredShard
+from rlhf_ray.actors.policy import OldLogprobs
+from rlhf_ray.cluster.group import Group
+from rlhf_ray.errors import UserError
+from rlhf_ray.train import scoring as module
+from rlhf_ray.train.rollout import Rollouts
+from rlhf_ray.train.scoring import Scoring
+from rlhf_ray.train.scoring import share as _share
+from rlhf_ray.train.scoring import unshare as _unshare
+
+
+def test_shards_are_dealt_in_turn() -> None:
+    assert _share(["a", "b", "c", "d", "e"], 2) == [["a", "c", "e"], ["b", "d"]]
+    assert _share(["a"], 3) == [["a"], [], []]  # every rank is called, with nothing if need be
+
+
+def test_answers_come_back_in_the_order_of_the_shards() -> None:
+    assert _unshare([["A", "C", "E"], ["B", "D"]]) == ["A", "B", "C", "D", "E"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9])
+def test_one_is_the_inverse_of_the_other(count: int, ranks: int) -> None:
+    shards = list(range(count))
+    assert _unshare(_share(shards, ranks)) == shards
+
+
+class Rank:
+    """Answers with what it was asked of; `calls`: of all ranks, in order."""
+
+    def __init__(self, name: str, calls: list[str]):
+        self.name, self.calls = name, calls
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(shards: list[str]) -> tuple[str, ...]:
+            self.calls.append(f"{self.name} {method} {' '.join(shards)}".rstrip())
+            return (self.name, method, *shards)
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
+
+
+def answer(call: tuple[str, ...]) -> Any:
+    name, method, *shards = call
+    if method == "values":
+        return [f"values of {shard} by {name}" for shard in shards]
+    return [OldLogprobs(f"logprobs of {shard} by {name}", 10, 20.0, int(shard)) for shard in shards]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(module, "wait", lambda refs, *_: [answer(ref) for ref in refs])
+    return []
+
+
+def rollouts(*shards: str) -> Rollouts:
+    return Rollouts([ScoredShard(s, (), None) for s in shards])
+
+
+def test_learners_score_in_waves_while_shards_come(calls: list[str]) -> None:
+    """Two policy ranks want two shards for a wave, one critic rank wants one; the last wave is what is left."""
+    scoring = Scoring(Group("p", [Rank(n, calls) for n in ("p0", "p1")], 9.0), Group("c", [Rank("c0", calls)], 9.0),
+                      eager=True)
+    for shard in ("3", "1", "2"):
+        scoring.add(shard)
+        calls.append("-")
+    found = rollouts("1", "2", "3")
+    numbers = scoring.finish(found, 9.0)
+    assert calls == ["c0 values 3", "-", "p0 score 3", "p1 score 1", "c0 values 1", "-", "c0 values 2", "-",
+                     "p0 score 2", "p1 score"]
+    assert [(s.old_logprobs, s.values) for s in found.shards] == [
+        ("logprobs of 1 by p1", "values of 1 by c0"), ("logprobs of 2 by p0", "values of 2 by c0"),
+        ("logprobs of 3 by p0", "values of 3 by c0")]
+    assert numbers == {"entropy": 60 / 30, "mismatch": 6 / 30}
+
+
+def test_without_time_for_it_they_score_all_at_once(calls: list[str]) -> None:
+    scoring = Scoring(Group("p", [Rank(n, calls) for n in ("p0", "p1")], 9.0), None, eager=False)
+    for shard in ("1", "2", "3"):
+        scoring.add(shard)
+    assert not calls
+    found = rollouts("1", "2", "3")
+    scoring.finish(found, 9.0)
+    assert calls == ["p0 score 1 3", "p1 score 2"]
+    assert [s.values for s in found.shards] == [None] * 3
+
+
+def test_a_shard_of_a_lost_generator_is_scored_in_vain(calls: list[str]) -> None:
+    scoring = Scoring(Group("p", [Rank("p0", calls)], 9.0), None, eager=True)
+    scoring.add("1")
+    scoring.add("2")
+    found = rollouts("2")
+    assert scoring.finish(found, 9.0)["mismatch"] == 2 / 10
+    assert [s.old_logprobs for s in found.shards] == ["logprobs of 2 by p0"]
+
+
+def test_nothing_to_score_says_why() -> None:
+    with pytest.raises(UserError, match="every response of this iteration is empty"):
+        Scoring(None, None, eager=True).finish(Rollouts(), 9.0)
