@@ -111,7 +111,7 @@ class Wire:
 
         buffer = torch.zeros(min(bucket, total) // 4)
         for first in range(0, total // 4, len(buffer)):
-            _broadcast(self.group, buffer[: total // 4 - first])
+            _broadcast(self.group, buffer[: total // 4 - first]).wait()
 
 
 def parameters(path: str) -> int:

@@ -1,28 +1,34 @@
 """A number that tells whether two copies of the weights are the same, bit for bit."""
 
 import hashlib
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_MASK = (1 << 63) - 1
-_CHUNK = 1 << 22  # elements widened to int64 at a time
+_MASK = (1 << 64) - 1
+_WORDS = 1 << 16  # of 4 bytes, looked at together: they and their places stay in a processor's cache
 
 
 def tensor_digest(name: str, tensor: Tensor) -> int:
-    """Of the tensor's bits, its dtype, shape and name: 63 bits; computed on the tensor's device.
+    """Of the tensor's bits, its dtype, shape and name: 64 bits; computed on the tensor's device, as fast as it is read.
 
-    A sum over elements of bits times a number of their place, so swapped or moved elements are noticed; sums commute,
-    so digests of tensors can be added up in any order. A check against accidents, not against malice.
+    A sum over words of bits (4 bytes, so that in 64 bits none is lost) times a number of their place, so swapped or
+    moved elements are noticed; sums commute, so digests of tensors can be added up in any order. A check against
+    accidents, not against malice.
     """
-    bits = tensor.detach().contiguous().reshape(-1).view(_INTEGER[tensor.element_size()])
-    total = 0
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
-        places = torch.arange(start + 1, start + 1 + part.numel(), device=part.device) * 2654435761
-        # odd, so that no bit is lost; not linear in the place, or the identity with two rows swapped would be the same
-        places = (places ^ (places >> 15)) * 2 + 1
-        total += int((part * places).sum())  # wraps around in int64, the same everywhere
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if data.numel() % 4 or data.storage_offset() % 4:
+        data = torch.cat([data, data.new_zeros(-data.numel() % 4)])
+    parts, places = data.view(torch.int32).split(_WORDS), _places(data.device)
+    if data.device.type == "cpu":  # int64 wraps around, the same everywhere
+        wide = torch.empty(_WORDS, dtype=torch.int64)
+        sums = [int(torch.dot(wide[: len(part)].copy_(part), places[: len(part)])) for part in parts]
+    else:
+        sums = torch.stack([(part * places[: len(part)]).sum() for part in parts]).tolist()
+    factors = _odd(np.arange(_WORDS, _WORDS + len(sums), dtype=np.uint64)).tolist()
+    total = sum(part * factor for part, factor in zip(sums, factors, strict=True))
     label = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
     salt = int.from_bytes(hashlib.sha256(label).digest()[:8], "big")
     return (total ^ salt) & _MASK
@@ -32,4 +38,15 @@ def add_digests(a: int, b: int) -> int:
     return (a + b) & _MASK
 
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # 8: as two halves, for 63 bits hold no 64
+@cache
+def _places(device: torch.device) -> Tensor:
+    return torch.from_numpy(_odd(np.arange(_WORDS, dtype=np.uint64)).view(np.int64)).to(device)
+
+
+def _odd(numbers: np.ndarray) -> np.ndarray:
+    """A fixed odd number for each, uint64, scattered as by splitmix64 (Steele et al. 2014): odd, so that no bit is
+    lost, and without any pattern, or words that change places could make up for each other."""
+    z = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)

@@ -268,11 +268,15 @@ class Learner:
         """
         import deepspeed
 
+        parameter: Any
+        if self.world_size == 1:  # the one part is the whole, and a gather would copy it
+            for name, parameter in self.module.named_parameters():
+                yield _hub_name(name), parameter.ds_tensor.data[: parameter.ds_numel].view(parameter.ds_shape)
+            return
         for bucket in _buckets(list(self.module.named_parameters()), bucket_bytes):
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
                 for name, p in bucket:
                     yield _hub_name(name), p.data
-
 
     # -- state -----------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ here needs tests/end_to_end/test_weight_sync.py.
 """
 
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -181,10 +182,11 @@ def _join(address: str, port: int, rank: int, world_size: int) -> Any:
     )
 
 
-def _broadcast(group: Any, tensor: Tensor) -> None:
+def _broadcast(group: Any, tensor: Tensor) -> Any:
+    """Begin it; `wait` of what comes back ends it."""
     options = torch.distributed.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([tensor], options).wait()
+    return group.broadcast([tensor], options)
 
 
 class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -218,11 +220,21 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
             for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         ]
         model: Any = self.model
-        for bucket in buckets(meta, self._bucket_bytes):
-            flat = torch.empty(sum(_numel(m) for m in bucket), dtype=bucket[0].dtype)
-            _broadcast(self._group, flat)
+        arriving: deque[tuple[list[ParamMeta], Tensor, Any]] = deque()
+
+        def load() -> None:
+            bucket, flat, work = arriving.popleft()
+            work.wait()
             parts = flat.split([_numel(m) for m in bucket])
             model.load_weights([(m.name, p.view(m.shape)) for m, p in zip(bucket, parts, strict=True)])
+
+        for bucket in buckets(meta, self._bucket_bytes):
+            flat = torch.empty(sum(_numel(m) for m in bucket), dtype=bucket[0].dtype)
+            arriving.append((bucket, flat, _broadcast(self._group, flat)))
+            if len(arriving) > 1:  # the next one comes while this one is loaded
+                load()
+        while arriving:
+            load()
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -277,6 +289,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         )
         self.client.start_weight_update()
         receiving = _Background(lambda: self.client.update_weights(asdict(info)))
+        sending: list[tuple[Tensor, Any]] = []
         for bucket in buckets(meta, self._bucket_bytes):
             parts = []
             for m in bucket:
@@ -285,7 +298,12 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
                     raise ValueError(f"expected parameter {m.name} {m.shape}, got {name} {tuple(tensor.shape)}")
                 parts.append(tensor.detach().to("cpu").reshape(-1))
             receiving.check()
-            _broadcast(self._group, torch.cat(parts))
+            for _, work in sending:  # it was on its way while this bucket was gathered
+                work.wait()
+            flat = torch.cat(parts)
+            sending = [(flat, _broadcast(self._group, flat))]
+        for _, work in sending:
+            work.wait()
         if next(weights, None) is not None:
             raise ValueError("the source yields more parameters than its metadata declares")
         receiving.join()
