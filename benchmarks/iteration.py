@@ -24,6 +24,8 @@ from typing import Any
 from conditions import conditions
 from workloads import PROMPT, RESPONSE, RESPONSES, config, make
 
+from rlhf_ray.config.schema import Config
+
 RESULTS = Path(__file__).parent / "results" / "iteration.json"
 WARM_UP = 1  # iterations
 MICRO = 8  # sequences in a forward pass
@@ -37,12 +39,21 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("outputs/workloads"))
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--one", choices=["floor", "run"], help=argparse.SUPPRESS)  # what a child process does
+    parser.add_argument("--short", action="store_true", help="W1 once, no results file")
+    # what a child process does, here and of peers.py
+    parser.add_argument("--one", choices=["floor", "run"], help=argparse.SUPPRESS)
+    parser.add_argument("--workload", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--algorithm", default="ppo", help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args()
     if args.one:
-        measure = floor if args.one == "floor" else run
-        print(json.dumps(measure(args.workloads[0], args.models, args.iterations, tuple(overrides))))
+        measure, name = floor if args.one == "floor" else run, args.workloads[0]
+        workload = args.workload or args.models / name
+        cfg = config(name, workload, args.models / "runs" / f"{workload.name}-{args.algorithm}", args.algorithm,
+                     args.iterations, tuple(overrides))
+        print(json.dumps(measure(cfg)))
         return
+    if args.short:
+        args.workloads, args.iterations, args.repeats = ["W1"], 3, 1
     table = {}
     for name in args.workloads:
         make(name, args.models)
@@ -50,15 +61,16 @@ def main() -> None:
         starts = []
         for _ in range(args.repeats):
             for kind in rows:
+                began = time.time()
                 result = child(kind, name, args, overrides)
                 rows[kind] += result["iterations"][WARM_UP:]
-                starts += [result["start_s"]] if kind == "run" else []
+                starts += [result["first_rollout_at"] - began] if kind == "run" else []
         table[name] = {kind: summary(found) for kind, found in rows.items()}
         table[name] |= {"start_to_first_rollout_s": median(starts),
                         "floor_over_iteration": table[name]["floor"]["total"]["median"]
                         / table[name]["run"]["total"]["median"]}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**conditions(), "overrides": overrides, "workloads": table}, indent=1) + "\n")
+    if not args.short:
+        RESULTS.write_text(json.dumps({**conditions(), "overrides": overrides, "workloads": table}, indent=1) + "\n")
     for name, found in table.items():
         for kind in ("floor", "run"):
             print(f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in found[kind].items()))
@@ -79,19 +91,18 @@ def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
                     "max": max(r[phase] for r in rows)} for phase in rows[0]}
 
 
-def run(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Seconds of each phase of each iteration of the ppo stage, and from its start to the end of the first rollout."""
+def run(cfg: Config) -> dict[str, Any]:
+    """Seconds of each phase of each iteration of the ppo stage, and when its first rollout began."""
     from rlhf_ray.cluster.runtime import session
     from rlhf_ray.metrics.recorder import read_history
     from rlhf_ray.stages import ppo
     from rlhf_ray.stages.common import Paths
 
-    cfg = config(name, models / name, models / "runs" / name, iterations=iterations, overrides=overrides)
-    started, entered = time.monotonic(), []
+    entered: list[tuple[str, float]] = []
     enter = ppo.PPOTrainer.enter
 
     def entering(self: Any, phase: str) -> None:
-        entered.append((phase, time.monotonic() - started))
+        entered.append((phase, time.time()))
         enter(self, phase)
 
     ppo.PPOTrainer.enter = entering  # type: ignore[method-assign]
@@ -99,10 +110,10 @@ def run(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) ->
         ppo.run(cfg)
     rows = read_history(Paths(cfg).stage("ppo"))
     return {"iterations": [row["seconds"] for row in rows],
-            "start_s": next(at for phase, at in entered if phase == "score")}
+            "first_rollout_at": next(at for phase, at in entered if phase == "rollout")}
 
 
-def floor(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) -> dict[str, Any]:
+def floor(cfg: Config) -> dict[str, Any]:
     """Seconds of the same work in this process."""
     import numpy as np
     import torch
@@ -112,13 +123,12 @@ def floor(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) 
     from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer
     from rlhf_ray.models.modules import CausalLM, ScalarModel
 
-    cfg = config(name, models / name, models / "runs" / name, overrides=overrides)
     threads = os.cpu_count() or 1
     os.environ["OMP_NUM_THREADS"] = str(threads)
     cfg.roles.generator.threads = threads
-    path, reward = str(models / name / "sft/model"), str(models / name / "rm/model")
+    path, reward = cfg.model.path, str(Path(cfg.output_dir) / "rm/model")
     tokenizer = load_tokenizer(path)
-    lines = (models / name / "prompts.jsonl").read_text().splitlines()
+    lines = Path(str(cfg.data.ppo_prompts)).read_text().splitlines()
     prompts = [[tokenizer.bos_token_id, *tokenizer(json.loads(line)["prompt"])["input_ids"]] for line in lines]
     engine = GenerationEngine(path, cfg.model, cfg.roles.generator, "gloo", 0)
     torch.set_num_threads(threads)
@@ -144,7 +154,7 @@ def floor(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) 
         optimizers[model].zero_grad(set_to_none=True)
 
     measured = []
-    for i in range(iterations):
+    for i in range(cfg.ppo.iterations):
         clock = [time.perf_counter()]
         chosen = [prompts[(i * RESPONSES + k) % len(prompts)] for k in range(RESPONSES)]
         responses = list(engine.sample([Request(p, i * RESPONSES + k) for k, p in enumerate(chosen)], 1.0, RESPONSE))
@@ -158,7 +168,7 @@ def floor(name: str, models: Path, iterations: int, overrides: tuple[str, ...]) 
             work(of, model, batches)
             clock.append(time.perf_counter())
         measured.append(dict(zip(PHASES, np.diff(clock).tolist(), strict=True)))
-    return {"iterations": measured, "start_s": 0.0}
+    return {"iterations": measured}
 
 
 if __name__ == "__main__":

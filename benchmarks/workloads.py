@@ -1,6 +1,8 @@
 """Work of a known size: random models, prompts of exactly 32 tokens, responses of exactly 64.
 
-No response ends early, for the tokenizer's end-of-sequence token is one that the model does not have.
+No response ends early, for the tokenizer's end-of-sequence token is one that the model does not have. `varying` models
+have it, and were trained for a moment on lines of random words whose lengths are long-tailed: so are their responses,
+16 tokens on average and 64 at most.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from rlhf_ray.config.load import compose
 from rlhf_ray.config.schema import Config
-from rlhf_ray.models.tiny import train_tokenizer
+from rlhf_ray.models.tiny import EOS, USER, train_tokenizer
 
 RESPONSES, PROMPT, RESPONSE = 64, 32, 64  # a batch; tokens
 _NEVER = "<|never|>"
@@ -80,6 +82,41 @@ def never_ends(tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     tokenizer.add_tokens([f"<|unused {i}|>" for i in range(len(tokenizer), vocab)] + [_NEVER])
     tokenizer.eos_token = tokenizer.pad_token = _NEVER
     assert tokenizer.eos_token_id == vocab
+
+
+def make_varying(name: str, root: Path) -> Path:
+    """The directory of a workload whose responses end by themselves: `sft/model`, `rm/model` and prompts."""
+    directory = root / f"{name}-varying"
+    if (directory / "rm/stage.json").is_file():
+        return directory
+    plain = make(name, root)
+    torch.manual_seed(0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(plain / "sft/model")
+    tokenizer.eos_token, tokenizer.pad_token = EOS, USER
+    end, rng = tokenizer.eos_token_id, random.Random(1)
+    texts = [json.loads(line)["prompt"] for line in (plain / "prompts.jsonl").read_text().splitlines()]
+    model = LlamaForCausalLM.from_pretrained(plain / "sft/model")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60):
+        rows = [[tokenizer.bos_token_id, *tokenizer(rng.choice(texts))["input_ids"]] for _ in range(16)]
+        lengths = [min(RESPONSE - 1, 1 + int(rng.lognormvariate(2.4, 0.8))) for _ in rows]
+        spoken = [[*row, *rng.choices(row[1:], k=n), end, *[0] * (RESPONSE - 1 - n)]
+                  for row, n in zip(rows, lengths, strict=True)]
+        ids = torch.tensor(spoken)
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < PROMPT, -100)
+        for row, n in zip(labels, lengths, strict=True):
+            row[PROMPT + n + 1 :] = -100
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    scorer = LlamaForSequenceClassification(LlamaConfig(**{**model.config.to_dict(), "num_labels": 1}))
+    (directory / "prompts.jsonl").parent.mkdir(parents=True, exist_ok=True)
+    (directory / "prompts.jsonl").write_bytes((plain / "prompts.jsonl").read_bytes())
+    for stage, trained in (("sft", model), ("rm", scorer)):
+        trained.save_pretrained(directory / stage / "model")
+        tokenizer.save_pretrained(directory / stage / "model")
+        (directory / stage / "stage.json").write_text("{}")
+    return directory
 
 
 def config(name: str, workload: Path, output_dir: Path, algorithm: str = "ppo", iterations: int = 5,
