@@ -139,6 +139,7 @@ class Learner:
                 {"params": [p for p in module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
             ],
             lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps,
+            fused=True,  # one walk through memory instead of ten
         )
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=adamw, config=_deepspeed_config(cfg, optimizer, dtype), dist_init_required=False
@@ -307,7 +308,8 @@ class Learner:
         zero.checkpoint_event_prologue()
         for flat in zero.fp32_partitioned_groups_flat:
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(shards.header["adam_steps"]), **{k: torch.zeros_like(flat) for k in kinds}
+                "step": torch.tensor(shards.header["adam_steps"], device=flat.device),
+                **{k: torch.zeros_like(flat) for k in kinds},
             } if kinds else {}
         parameter: Any
         for name, parameter in self.module.named_parameters():
