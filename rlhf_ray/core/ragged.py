@@ -89,7 +89,7 @@ def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
             rows[row].append(i)
             heapq.heapreplace(loads, (load + int(lengths[i]), row))
         else:
-            return rows
+            return [rows[row] for _, row in sorted(loads, reverse=True)]  # neighbours are about equally full
         count += 1
 
 
