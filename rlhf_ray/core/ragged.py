@@ -89,7 +89,8 @@ def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
             rows[row].append(i)
             heapq.heapreplace(loads, (load + int(lengths[i]), row))
         else:
-            return [rows[row] for _, row in sorted(loads, reverse=True)]  # neighbours are about equally full
+            loads.sort(key=lambda load: (-load[0], load[1]))
+            return [rows[row] for _, row in loads]  # neighbours are about equally full
         count += 1
 
 

@@ -75,6 +75,11 @@ def test_a_sequence_longer_than_a_row_is_refused() -> None:
         plan_rows(np.array([3, 9]), 8)
 
 
+def test_neighbours_are_about_equally_full() -> None:
+    """Passes take rows in order, and are as wide as their fullest."""
+    assert plan_rows(np.array([3, 8, 3, 7, 4]), 8) == [[1], [3], [0, 2], [4]]
+
+
 def test_pack_by_hand() -> None:
     """Rows of 4 hold [sequence 0] and [sequences 2, 1]: two micro-batches of one row, or one of two."""
     first, second = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=4)
