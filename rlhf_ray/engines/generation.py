@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_ray import storage
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
+from rlhf_ray.models.light import import_transformers
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class GenerationEngine:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if not torch.cuda.is_available():
             os.environ.update(cpu_environment(cfg))
+        import_transformers()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 

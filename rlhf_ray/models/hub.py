@@ -10,18 +10,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
+
+from rlhf_ray import storage
+from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.errors import UserError
+from rlhf_ray.models.light import import_transformers
+
+import_transformers()
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
-
-from rlhf_ray import storage
-from rlhf_ray.config.schema import ModelConfig
-from rlhf_ray.errors import UserError
+from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()  # our own bars say what is going on
 
