@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_ray import storage
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
-from rlhf_ray.models.light import import_transformers
+from rlhf_ray.models.light import absent
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class GenerationEngine:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if not torch.cuda.is_available():
             os.environ.update(cpu_environment(cfg))
-        import_transformers()
-        from vllm import LLM
+        with absent("sklearn", "scipy"):
+            from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         from rlhf_ray.engines.weight_sync import register

@@ -1,18 +1,27 @@
-"""transformers, imported without scikit-learn and SciPy.
+"""Imports without what nothing here uses.
 
-It would import both for one function of assisted generation, which nothing here uses: a second of processor time in the
-process of every role, and a stage has half a dozen of them.
+transformers imports scikit-learn for one function of assisted generation, and vLLM SciPy for sounds: a second or more of
+processor time in each role's process, and a stage has half a dozen of them. Both do without what is not installed.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def absent(*packages: str) -> Iterator[None]:
+    """These seem not to be installed while the body imports others; those that are loaded already stay."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: Python says it is not there
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def import_transformers() -> None:
-    """Import the part that asks for scikit-learn while that seems not to be installed; before any model class."""
-    if "sklearn" in sys.modules:
-        return
-    sys.modules["sklearn"] = None  # type: ignore[assignment] # what Python says of a module that is not there
-    try:
+    """The part that asks for scikit-learn; to be imported before any model class."""
+    with absent("sklearn"):
         import transformers.generation.candidate_generator  # noqa: F401
-    finally:
-        del sys.modules["sklearn"]
