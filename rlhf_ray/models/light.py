@@ -1,7 +1,7 @@
 """Imports without what nothing here uses.
 
-transformers imports scikit-learn for one function of assisted generation, and vLLM SciPy for sounds: a second or more of
-processor time in each role's process, and a stage has half a dozen of them. Both do without what is not installed.
+transformers imports scikit-learn for one function of assisted generation, and vLLM SciPy for sounds: a second or more
+of processor time in each role's process, and a stage has half a dozen of them. Both do without what is not installed.
 """
 
 import sys
