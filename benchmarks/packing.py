@@ -1,6 +1,6 @@
 """Padding computed, and balance over ranks, on long-tailed lengths. No engine runs; seconds on any machine.
 
-    .venv/bin/python benchmarks/packing.py
+    .venv/bin/python benchmarks/packing.py [--short]
 
 Lengths are log-normal (median 160 tokens, cut at 1,024), as responses are that mostly end early and sometimes run on.
 Prints a table and writes benchmarks/results/packing.json.
@@ -8,6 +8,7 @@ Prints a table and writes benchmarks/results/packing.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -22,7 +23,9 @@ LONGEST, MICRO_BATCH, RESPONSES, SEEDS = 1024, 4096, 256, 20
 
 
 def main() -> None:
-    table = []
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="no results file")
+    short, table = parser.parse_args().short, []
     for ranks in (1, 2, 4, 8):
         places = tokens = 0
         worst = []
@@ -43,9 +46,9 @@ def main() -> None:
             worst.append(max(work) / np.mean(work) - 1)
         table.append({"ranks": ranks, "padding": 1 - tokens / places, "rows_longest": LONGEST,
                       "most_loaded_rank_over_mean": float(np.median(worst)), "worst_seed": float(max(worst))})
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**conditions(), "responses": RESPONSES, "micro_batch_tokens": MICRO_BATCH,
-                                   "seeds": SEEDS, "table": table}, indent=1) + "\n")
+    if not short:
+        RESULTS.write_text(json.dumps({**conditions(), "responses": RESPONSES, "micro_batch_tokens": MICRO_BATCH,
+                                       "seeds": SEEDS, "table": table}, indent=1) + "\n")
     print("| ranks | padding computed | most loaded rank over the mean (median, worst seed) |\n|---|---|---|")
     for row in table:
         print(f"| {row['ranks']} | {row['padding']:.1%} | {row['most_loaded_rank_over_mean']:+.1%}, "
