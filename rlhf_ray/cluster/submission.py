@@ -36,6 +36,7 @@ LOST_S = 60.0  # how long the cluster may be out of reach while a job is followe
 _ANSWER_S = (10.0, 60.0)  # to connect, and between two pieces of an answer
 _QUIET_S = 600.0  # a connection that says nothing for so long may be dead: another is made
 _RETRY_S = 1.0
+_FIRST_NODE_S = 10.0
 _NODES = 10_000  # the most that the state API lists
 TROUBLE = (RuntimeError, OSError, AuthenticationError)  # what Ray's client raises; those of requests are OSErrors
 
@@ -96,9 +97,13 @@ class JobServer:
                                 f"the same {name} on both")
 
     def nodes(self) -> list[NodeResources]:
-        """Every living node and what it offers in all."""
+        """Every living node and what it offers in all. A head answers before its own node is there: that is waited
+        for."""
+        deadline = time.monotonic() + _FIRST_NODE_S
         try:
-            found = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=_NODES)
+            while not (found := list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=_NODES)) \
+                    and time.monotonic() < deadline:
+                time.sleep(0.5)
         except (RayStateApiException, requests.RequestException) as error:
             raise UserError(f"{self.address}: the cluster does not say what nodes it has: {_short(error)}") from error
         return [NodeResources(node.node_name, float(node.resources_total.get("CPU", 0)),

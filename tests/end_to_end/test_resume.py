@@ -18,7 +18,7 @@ from end_to_end.test_pipeline import RLHF_RAY, SMALL, files, write_jsonl  # noqa
 from rlhf_ray.errors import UserError
 from rlhf_ray.stages import ppo
 
-KILLS = int(os.environ.get("CHAOS_KILLS", "3"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 
 
 def start(stage: str, out: Path, *options: str) -> subprocess.Popen[str]:
