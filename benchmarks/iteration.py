@@ -134,7 +134,7 @@ def floor(cfg: Config) -> dict[str, Any]:
     torch.set_num_threads(threads)
     policy, reference = (CausalLM(load_causal_lm(path, cfg.model)) for _ in range(2))
     scorer, critic = (ScalarModel(load_scalar_model(reward, cfg.model)) for _ in range(2))
-    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policy, critic)}
+    optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-6, fused=True) for m in (policy, critic)}
 
     def logprobs(model: CausalLM, rows: PackedRows) -> torch.Tensor:
         return model(rows.ids, rows.positions, rows.positions >= PROMPT, 1.0)[0]

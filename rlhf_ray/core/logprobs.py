@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_ray.core.matmul import times_transposed
+
 CHUNK_BYTES = 64 << 20  # of float32 logits
 
 
@@ -74,14 +76,17 @@ class _Chunk(torch.autograd.Function):
         gradient.mul_(pull).neg_()
         gradient.scatter_add_(-1, targets[:, None], to_logprobs[:, None])
         gradient = gradient.div_(ctx.temperature).to(ctx.dtype)
-        to_hidden = (gradient @ weight.to(ctx.dtype)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
-        to_weight = (gradient.T @ hidden.to(ctx.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        to_hidden = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_hidden = times_transposed(gradient, weight.to(ctx.dtype).T).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            to_weight = times_transposed(gradient.T, hidden.to(ctx.dtype).T).to(weight.dtype)
         return to_hidden, to_weight, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """float32 [T, V], a new tensor. What has probability 0 has a finite logit: 0 times it is 0."""
-    logits = (hidden.to(dtype) @ weight.to(dtype).T).float()
+    logits = times_transposed(hidden.to(dtype), weight.to(dtype)).float()
     if temperature != 1:
         logits.div_(temperature)
     return logits.clamp_(min=torch.finfo(torch.float32).min)

@@ -15,6 +15,7 @@ from rlhf_ray import storage
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.light import import_transformers
+from rlhf_ray.models.linear import speed_up
 
 import_transformers()
 from transformers import (  # noqa: E402
@@ -54,6 +55,7 @@ def _load(kind: Any, path: str, cfg: ModelConfig, dropout: float, **options: Any
         for name in ["p"] if isinstance(module, nn.Dropout) else rates:
             # ranks that skip different layers would wait for each other's gathers for ever
             setattr(module, name, 0.0 if name == "layerdrop" else dropout)
+    speed_up(model)
     if cfg.gradient_checkpointing:  # takes effect in training mode only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
