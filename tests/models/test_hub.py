@@ -43,6 +43,11 @@ IDS = torch.tensor([[1, 5, 9, 200, 7]])
 
 
 @pytest.fixture(scope="module")
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """But for the order in which products are added up."""
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(["a small text"], 300)
 
@@ -75,7 +80,7 @@ def test_plain_transformers_reads_the_same_model(tied: bool, tokenizer: Any, tmp
     path = saved(model, tokenizer, tmp_path / "model")
     read = AutoModelForCausalLM.from_pretrained(path)
     assert read.dtype == torch.float32
-    assert torch.allclose(logits(read), logits(model))
+    assert same(logits(read), logits(model))
     assert AutoTokenizer.from_pretrained(path).encode("a small text") == tokenizer.encode("a small text")
 
 
@@ -91,7 +96,7 @@ def test_a_tied_head_is_not_stored_twice(tied: bool, tokenizer: Any, tmp_path: P
     assert set(stored) | {"lm_head.weight"} == {name for name, _ in weights}
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert (read.lm_head.weight is read.model.embed_tokens.weight) is tied
-    assert torch.allclose(logits(read), logits(model))
+    assert same(logits(read), logits(model))
 
 
 def test_the_dtype_of_the_file_and_of_the_loaded_model(tokenizer: Any, tmp_path: Path) -> None:
@@ -105,7 +110,7 @@ def test_saving_writes_what_is_given_and_not_what_the_model_holds(tokenizer: Any
     """A ZeRO-3 rank's own parameters are empty shells; a moving average is not the model either."""
     other = llama(seed=1)
     save_model(llama(seed=0), other.named_parameters(), tokenizer, tmp_path / "model", "float32")
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(other))
+    assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(other))
 
 
 def test_a_weight_may_be_gone_once_the_next_one_is_drawn(tokenizer: Any, tmp_path: Path) -> None:
@@ -120,14 +125,14 @@ def test_a_weight_may_be_gone_once_the_next_one_is_drawn(tokenizer: Any, tmp_pat
             yield name, view
 
     save_model(model, gathered(), tokenizer, tmp_path / "model", "float32")
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
+    assert same(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
 
 
 def test_a_new_model_takes_the_place_of_the_old_one(tokenizer: Any, tmp_path: Path) -> None:
     saved(llama(seed=0), tokenizer, tmp_path / "model", **{SCORE_SHIFT: 1.0})
     (tmp_path / "model" / "stray.txt").write_text("of the old model")
     path = saved(llama(seed=1), tokenizer, tmp_path / "model")
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(path)), logits(llama(seed=1)))
+    assert same(logits(AutoModelForCausalLM.from_pretrained(path)), logits(llama(seed=1)))
     assert score_shift(path) == 0.0
     assert not (tmp_path / "model" / "stray.txt").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -149,10 +154,10 @@ def test_a_crash_while_saving_leaves_the_old_model(tokenizer: Any, tmp_path: Pat
         save_model(llama(seed=1), breaks(), tokenizer, tmp_path / "model", "float32")
     with pytest.raises(OSError, match="no space left"):  # later: the new weights are written, not yet in place
         saved(llama(seed=1), TokenizerThatBreaks(), tmp_path / "model")
-    assert torch.allclose(logits(load_causal_lm(path, CFG)), logits(llama(seed=0)))
+    assert same(logits(load_causal_lm(path, CFG)), logits(llama(seed=0)))
     load_tokenizer(path)
     saved(llama(seed=1), tokenizer, tmp_path / "model")  # what the crash left behind is in nobody's way
-    assert torch.allclose(logits(load_causal_lm(path, CFG)), logits(llama(seed=1)))
+    assert same(logits(load_causal_lm(path, CFG)), logits(llama(seed=1)))
 
 
 # -- reward models -----------------------------------------------------------------------------------------------
@@ -227,8 +232,8 @@ def test_dropout_is_what_is_asked_for_and_not_what_the_model_came_with(tokenizer
         again = saved(model, tokenizer, tmp_path / "again")
         assert json.loads((Path(again) / "config.json").read_text())["attention_dropout"] == 0.9
     dropping = load_causal_lm(path, CFG, dropout=0.5).train()
-    assert not torch.allclose(logits(dropping), logits(dropping))
-    assert torch.allclose(logits(dropping.eval()), logits(came))
+    assert not torch.equal(logits(dropping), logits(dropping))
+    assert same(logits(dropping.eval()), logits(came))
 
 
 def test_dropout_that_is_a_number_of_a_module_is_set_too(tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def test_dropout_that_is_a_number_of_a_module_is_set_too(tmp_path: Path) -> None
         max_position_embeddings=64, dropout=0.9, attention_dropout=0.8, init_std=0.3,
     )).save_pretrained(tmp_path)
     model = load_causal_lm(str(tmp_path), CFG).train()
-    assert torch.allclose(logits(model), logits(model.eval()))
+    assert same(logits(model), logits(model.eval()))
     layer = load_causal_lm(str(tmp_path), CFG, dropout=0.25).model.decoder.layers[0]
     assert (layer.dropout, layer.self_attn.dropout) == (0.25, 0.25)
 
@@ -263,7 +268,7 @@ def test_of_a_model_at_a_url_comes_what_is_needed(
     path = storage.local_root(f"file://{tmp_path}/there/run") / "sft/model"
     assert load_tokenizer(str(path)).get_vocab() == tokenizer.get_vocab()
     assert not list(path.glob("*.safetensors"))  # a driver may be on a small machine
-    assert torch.allclose(logits(load_causal_lm(str(path), CFG)), logits(load_causal_lm(plain, CFG)))
+    assert same(logits(load_causal_lm(str(path), CFG)), logits(load_causal_lm(plain, CFG)))
     shutil.rmtree(plain)
     with pytest.raises(UserError, match="no model in"):
         load_tokenizer(str(path))
