@@ -42,12 +42,13 @@ CFG = ModelConfig(dtype="float32")
 IDS = torch.tensor([[1, 5, 9, 200, 7]])
 
 
-@pytest.fixture(scope="module")
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """But for the order in which products are added up."""
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+
+@pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(["a small text"], 300)
 
