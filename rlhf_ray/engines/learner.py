@@ -56,6 +56,9 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
     # DeepSpeed would compile its shared-memory collectives with g++ on the first run of every machine, a minute
     # or more; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from deepspeed.runtime.zero import stage3
+
+    stage3.reduce_scatter_coalesced = _scatter_gradients
     deepspeed.logger.setLevel("WARNING")
     if dist.is_initialized():  # this process lives on, others of its group did not: leave what is left of it
         deepspeed.comm.destroy_process_group()
@@ -66,6 +69,17 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
         timeout=timedelta(seconds=timeout_s),
     )
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def _scatter_gradients(tensors: list[Tensor], group: Any = None) -> list[Tensor]:
+    """Each rank's part of the mean gradients, flat. DeepSpeed's own, but that with a single rank it would copy all
+    gradients three times to find that they are its own."""
+    from deepspeed.runtime.comm.coalesced_collectives import reduce_scatter_coalesced
+
+    if dist.get_world_size(group) == 1:
+        return [tensor.reshape(-1) for tensor in tensors]
+    parts: list[Tensor] = reduce_scatter_coalesced(tensors, group)
+    return parts
 
 
 def _count_anew() -> None:
