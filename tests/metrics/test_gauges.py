@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 ROLES = ("policy", "critic", "generator", "reward", "judge", "trainer", "actor")
 # Where the keys of an iteration are written down.
 MAKERS = {
-    "train/ppo.py": ["run_step", "score"], "train/measures.py": ["measures"], "core/experience.py": ["assess"],
+    "train/ppo.py": ["run_step"], "train/scoring.py": ["finish"], "train/measures.py": ["measures"],
+    "core/experience.py": ["assess"],
     "actors/policy.py": ["prepare", "update"], "actors/learners.py": ["update"],
 }
 NOT_OF_AN_ITERATION = {"iteration", "running"}  # the recorder adds them
