@@ -41,8 +41,8 @@ class _Product(torch.autograd.Function):
 
 def speed_up(model: nn.Module) -> None:
     """Take over every plain linear layer."""
-    # oneDNN keeps megabytes for each of the last 1,024 shapes it met, and of packed rows hardly any comes again. Those of
-    # one micro-batch are enough, for all layers have the same. Both caches read this at the first product.
+    # oneDNN keeps megabytes for each of the last 1,024 shapes it met, and of packed rows hardly any comes again. Those
+    # of one micro-batch are enough, for all layers have the same. Both caches read this at the first product.
     for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "16")
     for module in model.modules():
