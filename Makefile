@@ -38,7 +38,7 @@ chaos: install  # the long form of the tests of faults: one hundred actors, twen
 	CHAOS_FAULTS=100 CHAOS_RESULTS=$(CURDIR)/benchmarks/results/recovery.json CHAOS_KILLS=20 CHAOS_ITERATIONS=200 \
 	  $(BIN)/pytest --timeout 5400 -s $(addprefix tests/end_to_end/test_,recovery.py resume.py endurance.py)
 
-bench: install  # the short forms: that every benchmark runs, and a first idea; results/ is left alone
+bench: install  # the short forms, a first idea; results/ is left alone
 	for name in packing logprobs exchange scale weight_sync iteration; do \
 	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --short || exit 1; done
 

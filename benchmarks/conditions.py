@@ -6,6 +6,7 @@ import os
 import re
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rlhf_ray.versions import installed
@@ -18,3 +19,8 @@ def conditions() -> dict[str, Any]:
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {"date": str(date.today()), "cpu": model[1] if model else "unknown", "cores": os.cpu_count(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": installed()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """How a measurement that was repeated is told."""
+    return {"median": median(values), "min": min(values), "max": max(values)}

@@ -17,11 +17,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
-from conditions import conditions
+from conditions import conditions, spread
 from sleepers import Pace, timed, trainer
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
@@ -105,10 +104,6 @@ def cluster(nodes: int) -> Iterator[str]:
         yield simulated.address
     finally:
         simulated.shutdown()
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

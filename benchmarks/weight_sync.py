@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-from conditions import conditions
+from conditions import conditions, spread
 from workloads import config, make
 
 from rlhf_ray.actors.policy import PolicyLearner
@@ -119,10 +119,6 @@ def parameters(path: str) -> int:
 
     return sum(int(np.prod(f.get_slice(key).get_shape())) for file in Path(path).glob("*.safetensors")
                for f in [safe_open(file, "np")] for key in f.keys())  # noqa: SIM118
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

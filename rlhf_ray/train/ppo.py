@@ -329,4 +329,3 @@ class PPOTrainer:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
         self.load_state_dict(checkpoint.state if checkpoint else self.start)
         console.print(f"going on after iteration {self.step}")
-
