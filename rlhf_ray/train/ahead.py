@@ -9,10 +9,9 @@ the learners when its turn comes (the proximal policy), and tokens are weighed b
 at algorithm.importance_cap (Noukhovitch et al. 2024, "Asynchronous RLHF"; the truncation is that of Espeholt et al.
 2018, "IMPALA").
 
-Nothing is sampled behind a checkpoint of checkpoint.iterations before it is taken, so that a run which goes back to one is
-the same, bit for bit: it begins there as the run that was not cut off does. The checkpoint of a run that is asked to stop
-lies in between, and what was on its way is sampled anew. A fault in between costs the batch that was on its way; it is sampled
-again, by weights that are one step newer.
+Nothing is sampled ahead of an iteration that ends with a checkpoint of checkpoint.iterations, so that a run which goes
+back to one is the same, bit for bit: it begins there as the run that was not cut off does. A run that is asked to stop
+saves in between, and what was on its way is sampled anew, as it is after a fault: by weights that are one step newer.
 """
 
 from __future__ import annotations
