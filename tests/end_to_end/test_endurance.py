@@ -45,10 +45,10 @@ def test_nothing_grows(ray_session, models, reward_model, tmp_path):
     for name, seen in pulses.items():
         before, after = seen[half : half + quarter], seen[-quarter:]
         rss = [sum(p.rss for p in part) / len(part) / 2**20 for part in (before, after)]
-        fds = [max(p.fds for p in part) for part in (before, after)]
+        fds = [min(p.fds for p in part) for part in (before, after)]
         print(f"{name}: {rss[0]:.1f} -> {rss[1]:.1f} MiB ({rss[1] / rss[0] - 1:+.2%}), {fds[0]} -> {fds[1]} files")
         assert rss[1] < 1.02 * rss[0], name
-        assert fds[1] <= fds[0], name
+        assert fds[1] <= fds[0], name  # least of a quarter: what stays open, not what is being written just then
     print("objects in the store:", *stored)
     assert max(stored[10:]) <= 2 * max(stored[:10])  # they are let go a moment after an iteration
     deadline = time.monotonic() + 20
