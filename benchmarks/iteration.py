@@ -24,6 +24,7 @@ from typing import Any
 from conditions import conditions
 from workloads import PROMPT, RESPONSE, RESPONSES, config, make
 
+from rlhf_ray.cluster.group import ROLE_ENV
 from rlhf_ray.config.schema import Config
 
 RESULTS = Path(__file__).parent / "results" / "iteration.json"
@@ -80,7 +81,8 @@ def main() -> None:
 
 def child(kind: str, name: str, args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     done = subprocess.run([sys.executable, __file__, "--one", kind, "--workloads", name, "--models", str(args.models),
-                           "--iterations", str(args.iterations), *overrides], stdout=subprocess.PIPE, check=True)
+                           "--iterations", str(args.iterations), *overrides], stdout=subprocess.PIPE, check=True,
+                          env={**os.environ, **ROLE_ENV})  # the floor has what the roles have
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -11,6 +11,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from threading import Thread
 from typing import NoReturn
 
 from rlhf_ray.config.checks import check_model, stages_of, validate
@@ -134,9 +135,20 @@ def _command(argv: list[str]) -> int:
 
         check_online()
     signal.signal(signal.SIGTERM, _terminate)
-    if stages_of(cfg, stage):
-        print(f"{stage}: output_dir={cfg.output_dir}", flush=True)  # what comes next are seconds of imports
-    importlib.import_module(f"rlhf_ray.stages.{stage}").run(cfg)
+    module = f"rlhf_ray.stages.{stage}"
+    if not stages_of(cfg, stage):
+        importlib.import_module(module).run(cfg)
+        return 0
+    print(f"{stage}: output_dir={cfg.output_dir}", flush=True)
+    if stage == "pipeline":  # which may have nothing to do
+        importlib.import_module(module).run(cfg)
+        return 0
+    from rlhf_ray.cluster.runtime import session
+
+    # PyTorch and transformers are seconds of imports, and Ray takes as many to start.
+    Thread(target=importlib.import_module, args=["rlhf_ray.models.hub"], daemon=True).start()
+    with session(cfg):
+        importlib.import_module(module).run(cfg)
     return 0
 
 

@@ -82,7 +82,7 @@ class GeneratorConfig:
     cpus: float = opt(1.0, "Ray CPU slots per engine", ge=0)
     gpus: float = opt(0.0, "GPUs per device of an engine", ge=0, le=1)
     threads: int = opt(2, "OpenMP threads per engine on CPU", ge=1)
-    kv_cache_gib: int = opt(1, "KV cache of an engine on CPU, GiB", ge=1)
+    kv_cache_gib: int = opt(1, "KV cache of an engine on CPU, GiB at most", ge=1)
     gpu_memory_utilization: float = opt(0.85, "share of GPU memory vLLM may take", gt=0, le=1)
     max_num_seqs: int = opt(128, "sequences decoded together", ge=1)
     enforce_eager: bool = opt(True, "no graph capture or compilation in vLLM")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_ray.core.types import TokenDataset
 from rlhf_ray.errors import UserError
 
 BATCH = 1024  # documents tokenized at once: a corpus as Python lists takes ten times its size as int32
@@ -32,3 +33,10 @@ def token_blocks(texts: Sequence[str], tokenizer: Any, block_length: int) -> np.
         raise UserError(f"{len(texts)} texts make {len(ids)} tokens, less than one block of {block_length}: give more "
                         "text (data.texts, data.eval_texts)")
     return ids[: count * block_length].reshape(count, block_length)
+
+
+def block_dataset(blocks: np.ndarray) -> TokenDataset:
+    """Blocks [N, L] as supervised text: every token but the first of its block is learnt."""
+    in_loss = np.ones(blocks.shape, dtype=bool)
+    in_loss[:, 0] = False
+    return TokenDataset(blocks.reshape(-1), np.full(len(blocks), blocks.shape[1], dtype=np.int32), in_loss.reshape(-1))

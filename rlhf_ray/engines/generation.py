@@ -3,6 +3,7 @@
 The only file besides `weight_sync` that imports vllm.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,16 +35,37 @@ class Response:
     truncated: bool
 
 
-def cpu_environment(cfg: GeneratorConfig) -> dict[str, str]:
-    """Environment of an engine on CPU, to be set before vLLM is imported."""
-    return {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins all threads of all engines to one core
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        # Counting ranks of log-probabilities is wrapped in torch.compile: 20 s of g++ in every fresh process.
-        "TORCH_COMPILE_DISABLE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(cfg.kv_cache_gib),
-    }
+_BLOCK = 128  # tokens of a block of the KV cache on CPU
+
+# Of an engine on CPU, to be set before vLLM is imported.
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default pins all threads of all engines to one core
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Counting ranks of log-probabilities is wrapped in torch.compile: 20 s of g++ in every fresh process.
+    "TORCH_COMPILE_DISABLE": "1",
+}
+
+
+def kv_cache_bytes(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int:
+    """KV cache of an engine on CPU: what `max_num_seqs` of the longest sequences take, roles.generator.kv_cache_gib at
+    most. vLLM writes zeros all over it at the start, and to touch a GiB for the first time may take seconds."""
+    from transformers import AutoConfig
+
+    limit = cfg.kv_cache_gib * 2**30
+    text = AutoConfig.from_pretrained(path).get_text_config()
+    layers, heads, size = (getattr(text, name, None) for name in (
+        "num_hidden_layers", "num_attention_heads", "hidden_size"))
+    if not (layers and heads and size):
+        return limit
+    heads_kept = getattr(text, "num_key_value_heads", None) or heads
+    width = _padded(getattr(text, "head_dim", None) or size // heads, 32)
+    per_token = 2 * layers * heads_kept * width * (4 if model.dtype == "float32" else 2)
+    return min(limit, per_token * (cfg.max_num_seqs + 1) * (_padded(model.max_length, _BLOCK) + _BLOCK))
+
+
+def _padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 class GenerationEngine:
@@ -63,9 +85,10 @@ class GenerationEngine:
             # The engine lives in the actor's own process: ready in seconds, and CUDA IPC handles need no pickling.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if not torch.cuda.is_available():
-            os.environ.update(cpu_environment(cfg))
+            os.environ.update(CPU_ENVIRONMENT)
         with absent("sklearn", "scipy"):
             from vllm import LLM
+        gc.freeze()  # vLLM collects garbage five times as it starts: not again among what was just imported
         from vllm.config import WeightTransferConfig
 
         from rlhf_ray.engines.weight_sync import register
@@ -83,6 +106,7 @@ class GenerationEngine:
             worker_extension_cls="rlhf_ray.engines.weight_sync.WorkerExtension",
             # A model and its tokenizer decide how to sample; a generation_config.json must not.
             generation_config="vllm", enable_sleep_mode=shared,
+            kv_cache_memory_bytes=None if torch.cuda.is_available() else kv_cache_bytes(path, model, cfg),
         )
         self.version = 0
         self._asleep = {"weights": False, "kv_cache": False}

@@ -56,8 +56,11 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
     # DeepSpeed would compile its shared-memory collectives with g++ on the first run of every machine, a minute
     # or more; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from deepspeed.runtime import compiler
     from deepspeed.runtime.zero import stage3
 
+    # It looks whether our optimizer is its Muon, whose functions ask for torch's compiler: two seconds of imports.
+    compiler.is_compile_supported = lambda: False
     stage3.reduce_scatter_coalesced = _scatter_gradients
     deepspeed.logger.setLevel("WARNING")
     if dist.is_initialized():  # this process lives on, others of its group did not: leave what is left of it
@@ -161,6 +164,7 @@ class Learner:
         self.module: nn.Module = self.engine.module
         self.device = device
         self._offloaded = False  # parameters and buffers
+        self._host: dict[str, Tensor] = {}  # the newest copy of the state, to be written over: see `state`
 
     # -- collectives on numbers ------------------------------------------------------------------------------
 
@@ -296,7 +300,10 @@ class Learner:
     # -- state -----------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(copies of this rank's parts of weights and optimizer, on the CPU, as `models.shards` has them; header)."""
+        """(copies of this rank's parts of weights and optimizer, on the CPU, as `models.shards` has them; header).
+
+        The next call writes over the copies of this one: fresh memory costs far more than copying to it.
+        """
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         moments = next(iter(self._moments()), {})
@@ -304,10 +311,14 @@ class Learner:
         if self.device.type == "cuda":
             tensors["rng_cuda"] = torch.cuda.get_rng_state()
         for name, p in self.module.named_parameters():
-            tensors[f"{_hub_name(name)}|{WEIGHT}"] = _copy(safe_get_local_fp32_param(p))
-            for kind in moments:
-                if kind != "step":
-                    tensors[f"{_hub_name(name)}|{kind}"] = _copy(safe_get_local_optimizer_state(p, kind))
+            parts = {WEIGHT: safe_get_local_fp32_param(p)}
+            parts |= {kind: safe_get_local_optimizer_state(p, kind) for kind in moments if kind != "step"}
+            for kind, part in parts.items():
+                key = f"{_hub_name(name)}|{kind}"
+                before = self._host.get(key)
+                tensors[key] = part.detach().to("cpu", torch.float32, copy=True) if before is None \
+                    else before.copy_(part)
+        self._host = tensors
         return tensors, {"steps_done": self.steps_done, "adam_steps": float(moments.get("step", 0.0))}
 
     def load(self, shards: Shards) -> None:
@@ -387,10 +398,6 @@ class Learner:
         self.engine.destroy()
         del self.engine, self.module
         gc.collect()
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
 
 
 def _hub_name(name: str) -> str:

@@ -18,13 +18,7 @@ from rlhf_ray.models.light import import_transformers
 from rlhf_ray.models.linear import speed_up
 
 import_transformers()
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()  # our own bars say what is going on
@@ -41,9 +35,11 @@ def _found(path: str, weights: bool = True) -> str:
     return path
 
 
-def _load(kind: Any, path: str, cfg: ModelConfig, dropout: float, **options: Any) -> Any:
+def _load(kind: str, path: str, cfg: ModelConfig, dropout: float, **options: Any) -> Any:
     try:
-        model = kind.from_pretrained(
+        import transformers
+
+        model = getattr(transformers, kind).from_pretrained(
             _found(path), dtype=getattr(torch, cfg.dtype), attn_implementation=cfg.attn_implementation, **options
         )
     except (OSError, ImportError, ValueError, SafetensorError) as error:
@@ -63,7 +59,7 @@ def _load(kind: Any, path: str, cfg: ModelConfig, dropout: float, **options: Any
 
 def load_causal_lm(path: str, cfg: ModelConfig, dropout: float = 0.0) -> Any:
     """A Hugging Face causal language model; `dropout` replaces whatever dropout it came with, train mode included."""
-    return _load(AutoModelForCausalLM, path, cfg, dropout)
+    return _load("AutoModelForCausalLM", path, cfg, dropout)
 
 
 def load_scalar_model(path: str, cfg: ModelConfig) -> Any:
@@ -73,7 +69,7 @@ def load_scalar_model(path: str, cfg: ModelConfig) -> Any:
     """
     config = AutoConfig.from_pretrained(_found(path))
     fresh = "ForCausalLM" in "".join(config.architectures or [])
-    model = _load(AutoModelForSequenceClassification, path, cfg, 0.0, num_labels=1)
+    model = _load("AutoModelForSequenceClassification", path, cfg, 0.0, num_labels=1)
     if fresh:
         nn.init.zeros_(model.score.weight)
     return model

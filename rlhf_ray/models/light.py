@@ -1,7 +1,8 @@
 """Imports without what nothing here uses.
 
-transformers imports scikit-learn for one function of assisted generation, and vLLM SciPy for sounds: a second or more
-of processor time in each role's process, and a stage has half a dozen of them. Both do without what is not installed.
+transformers imports scikit-learn for one function of assisted generation and SciPy for losses of object detection, vLLM
+SciPy for sounds: seconds of processor time in each role's process, and a stage has half a dozen of them. Both libraries
+do without what is not installed.
 """
 
 import sys
@@ -10,9 +11,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def absent(*packages: str) -> Iterator[None]:
+def absent(*modules: str) -> Iterator[None]:
     """These seem not to be installed while the body imports others; those that are loaded already stay."""
-    hidden = [name for name in packages if name not in sys.modules]
+    hidden = [name for name in modules if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: Python says it is not there
     try:
         yield
@@ -22,6 +23,6 @@ def absent(*packages: str) -> Iterator[None]:
 
 
 def import_transformers() -> None:
-    """The part that asks for scikit-learn; to be imported before any model class."""
-    with absent("sklearn"):
+    """The part that asks first, for both, and notes the answer; to be imported before any `Auto` class."""
+    with absent("sklearn", "scipy"):
         import transformers.generation.candidate_generator  # noqa: F401

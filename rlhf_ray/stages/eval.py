@@ -16,7 +16,7 @@ from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import PromptSet
-from rlhf_ray.data.blocks import some_blocks, token_blocks
+from rlhf_ray.data.blocks import block_dataset, some_blocks, token_blocks
 from rlhf_ray.data.formats import Prompt
 from rlhf_ray.data.prompts import encode_prompts
 from rlhf_ray.data.sources import TaskData, load_task_data
@@ -27,7 +27,6 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, StageRecord, model_fingerprint, stage, stage_record
 from rlhf_ray.stages.lock import locked
-from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.stages.report import log_report, publish
 from rlhf_ray.storage import shown
 from rlhf_ray.train import roles

@@ -11,7 +11,7 @@ from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import PromptTexts
-from rlhf_ray.data.blocks import token_blocks
+from rlhf_ray.data.blocks import block_dataset, token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import render_prompt
@@ -19,7 +19,6 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import METRICS, SAMPLES, Recorder
 from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
-from rlhf_ray.stages.pretrain import block_dataset
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import prompt_set
 from rlhf_ray.train.fleet import WANTED, Fleet
@@ -73,13 +72,13 @@ def run(cfg: Config) -> None:
                 Turns(generators, policy, roles.shares_devices(cfg)),
                 cfg.rollout.temperature, cfg.rollout.max_response_tokens,
             )
-            with console.status("starting the actors of all roles"):
-                actors = cast.ready()
 
             def save() -> None:
                 policy.call(PolicyLearner.save, str(paths.policy))
 
             with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
+                with console.status("starting the actors of all roles"):
+                    actors = cast.ready()
                 watch = Watch(cfg.alarms, directory, save)
                 fleet = Fleet(cast, cfg.roles.generator.replicas, directory)
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,

@@ -9,20 +9,12 @@ import numpy as np
 from rlhf_ray import storage
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
-from rlhf_ray.core.types import TokenDataset
-from rlhf_ray.data.blocks import some_blocks, token_blocks
+from rlhf_ray.data.blocks import block_dataset, some_blocks, token_blocks
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.models.tiny import save_untrained
 from rlhf_ray.stages.common import Paths, StageRecord, resumed, stage
 from rlhf_ray.train.supervised import SupervisedLearner, Task, supervised
-
-
-def block_dataset(blocks: np.ndarray) -> TokenDataset:
-    """Blocks [N, L] as supervised text: every token but the first of its block is learnt."""
-    in_loss = np.ones(blocks.shape, dtype=bool)
-    in_loss[:, 0] = False
-    return TokenDataset(blocks.reshape(-1), np.full(len(blocks), blocks.shape[1], dtype=np.int32), in_loss.reshape(-1))
 
 
 def run(cfg: Config) -> None:
