@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_ray.data import blocks
-from rlhf_ray.data.blocks import some_blocks, token_blocks
+from rlhf_ray.data.blocks import block_dataset, some_blocks, token_blocks
 from rlhf_ray.errors import UserError
 
 
@@ -44,3 +44,10 @@ def test_some_blocks_are_from_all_over_and_in_order() -> None:
 def test_all_blocks_if_there_are_no_more(count: int) -> None:
     every = np.arange(6).reshape(3, 2)
     assert some_blocks(every, count, seed=0).tolist() == every.tolist()
+
+
+def test_all_but_the_first_token_of_a_block_is_learnt():
+    data = block_dataset(np.arange(6, dtype=np.int32).reshape(2, 3))
+    assert data.ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.lengths.tolist() == [3, 3]
+    assert data.in_loss.tolist() == [False, True, True, False, True, True]
