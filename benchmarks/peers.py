@@ -35,7 +35,7 @@ PEER_PACKAGES = (
      "lightning-utilities", "isort"],
 )
 CASES = ("ppo-W1", "ppo-W2", "grpo-W2", "rloo-W2", "grpo-W2-varying", "rloo-W2-varying")
-BEST = ["model.dtype=bfloat16", "weight_sync.max_mismatch=0.05"]
+BEST = ["model.dtype=bfloat16", "weight_sync.max_mismatch=0.05", "algorithm.old_logprobs=engine"]
 STEP = re.compile(r"'timing/(\w+)': ([0-9.e-]+)")
 
 

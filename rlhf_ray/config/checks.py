@@ -226,6 +226,13 @@ def _algorithm(cfg: Config, runs: list[str]) -> Iterator[str]:
     if a.kl_target is not None and a.kl_coef == 0:
         yield (f"algorithm.kl_target={a.kl_target:g} adapts algorithm.kl_coef by factors, and 0 stays 0: give a "
                "positive algorithm.kl_coef to start from")
+    if a.old_logprobs == "engine":
+        if a.ppo_epochs > 1 or a.minibatch_size < cfg.rollout.batch_size:
+            yield ("algorithm.old_logprobs=engine is for one optimizer step per batch: set algorithm.ppo_epochs=1 and "
+                   f"algorithm.minibatch_size={cfg.rollout.batch_size} (rollout.batch_size), or old_logprobs=learner")
+        if a.importance_cap is not None:
+            yield ("algorithm.old_logprobs=engine leaves nothing to compare with the engine's for "
+                   f"algorithm.importance_cap={a.importance_cap:g}: set it to null, or old_logprobs=learner")
     if cfg.ppo.schedule == "one_step_off":
         if a.importance_cap is None:
             yield ("ppo.schedule=one_step_off learns from responses of older weights, for which "

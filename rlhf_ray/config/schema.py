@@ -240,6 +240,9 @@ class AlgorithmConfig:
                                   "limit)", gt=1)
     importance_cap: float | None = opt(None, "correct for engine and trainer disagreeing: weigh tokens by exp(trainer "
                                        "- engine log-probability), at most this (null: no correction)", gt=0)
+    old_logprobs: str = opt("learner", "who says the old log-probabilities: the `learner`, in a forward pass, or the "
+                            "`engine` that sampled, at no cost (with one optimizer step per batch)",
+                            choices=("learner", "engine"))
     entropy_coef: float = opt(0.0, "weight of the entropy bonus", ge=0)
     value_clip: float = opt(0.2, "clip range of the value around its old prediction", gt=0)
     gamma: float = opt(1.0, "discount", gt=0, le=1)

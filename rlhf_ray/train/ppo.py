@@ -216,9 +216,10 @@ class PPOTrainer:
     @property
     def on_policy(self) -> bool:
         """Whether the update computes the old log-probabilities itself: they are those of its only pass, and nothing
-        asks for them before."""
+        asks for them before, or for none but the engine's."""
         a, batch = self.cfg.algorithm, self.cfg.rollout.batch_size
-        return a.ppo_epochs == 1 and batch <= a.minibatch_size and a.kl_in == "loss" and a.importance_cap is None
+        engines = a.kl_in == "loss" or a.old_logprobs == "engine"
+        return a.ppo_epochs == 1 and batch <= a.minibatch_size and engines and a.importance_cap is None
 
     def prepare(self, rollouts: Rollouts) -> Prepared:
         """Rewards, advantages, returns: references to train batches, and the batch's numbers."""

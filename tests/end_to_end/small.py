@@ -49,12 +49,12 @@ def until(condition: Callable[[], Any], what: str | Callable[[], str], seconds: 
 
 def ppo_run(
     directory: Path, start: str, reward: str, algorithm: str, sources: list[str] | None = None,
-    minibatch_size: int = 8, **change: int,
+    minibatch_size: int = 8, old_logprobs: str = "learner", **change: int,
 ) -> list[dict[str, Any]]:
     """metrics.jsonl of a run of the ppo stage on made-up prompts. change: of cfg.roles, as ROLE_OPTION=value."""
     cfg = ppo_config(directory, start, algorithm)
     cfg.reward.sources = sources or cfg.reward.sources
-    cfg.algorithm.minibatch_size = minibatch_size
+    cfg.algorithm.minibatch_size, cfg.algorithm.old_logprobs = minibatch_size, old_logprobs
     for key, value in change.items():
         section, name = key.split("_", 1)
         setattr(getattr(cfg.roles, section), name, value)

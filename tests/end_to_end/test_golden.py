@@ -59,3 +59,9 @@ def test_one_update_per_batch_needs_no_pass_for_the_old_logprobs(ray_session, mo
             monkeypatch.setattr(PPOTrainer, "on_policy", False)
         runs.append(numbers(ppo_run(tmp_path / name, models[0], reward_model, "grpo", minibatch_size=16)))
     assert_same(*runs)
+
+
+def test_the_engines_word_for_the_old_logprobs_is_as_good(ray_session, models, reward_model, tmp_path):
+    """The KL penalty in the reward asks for them before the update: the engine knows them too."""
+    assert_same(*(numbers(ppo_run(tmp_path / who, models[0], reward_model, "rloo", minibatch_size=16,
+                                  old_logprobs=who)) for who in ("engine", "learner")))
