@@ -36,6 +36,7 @@ PEER_PACKAGES = (
 )
 CASES = ("ppo-W1", "ppo-W2", "grpo-W2", "rloo-W2", "grpo-W2-varying", "rloo-W2-varying")
 BEST = ["model.dtype=bfloat16", "weight_sync.max_mismatch=0.05", "algorithm.old_logprobs=engine"]
+ALONE = ["roles.policy.threads=2", "roles.reference.threads=2"]  # with no critic each has both cores in its turn
 STEP = re.compile(r"'timing/(\w+)': ([0-9.e-]+)")
 
 
@@ -51,7 +52,8 @@ def main() -> None:
     if args.install:
         install(args.venv)
         return
-    found, skipped = {}, []
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    skipped = []
     for case in args.cases:
         package = "openrlhf" if case.startswith("ppo") else "trl"
         if not has(args.venv, package):
@@ -63,14 +65,12 @@ def main() -> None:
                 done.append(peer(case, args) if who == package else ours(case, args, [
                     *(BEST if who == "ours, best" else []), *overrides]))
                 print(f"{case} {who:<10} {done[-1]['iteration_s']:.2f} s", flush=True)
-        found[case] = {who: {key: [r[key] for r in done] for key in done[0]} for who, done in runs.items()}
+        table = {who: {key: [r[key] for r in done] for key in done[0]} for who, done in runs.items()}
         for who in ("ours", "ours, best"):
-            for key in ("iteration_s", "start_s"):
-                found[case][who][f"peer / {key}"] = [a[key] / b[key] for a, b in
-                                                     zip(runs[package], runs[who], strict=True)]
-    RESULTS.write_text(json.dumps({**conditions(), "overrides": overrides, "cases": found, "skipped": skipped},
-                                  indent=1) + "\n")
-    for case, table in found.items():
+            for key in ("iteration_s", "start_s") if package == "openrlhf" else ("iteration_s",):
+                table[who][f"peer / {key}"] = [a[key] / b[key] for a, b in zip(runs[package], runs[who], strict=True)]
+        found[case] = {**conditions(), "overrides": overrides, "iterations": args.iterations, "runs": table}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")  # the cases of other calls stay
         for who, row in table.items():
             print(f"{case:<16} {who:<10} " + "  ".join(
                 f"{key} " + " ".join(f"{x:.2f}" for x in values) for key, values in row.items()))
@@ -96,7 +96,7 @@ def ours(case: str, args: argparse.Namespace, overrides: list[str]) -> dict[str,
     workload = make_varying(name, args.models) if varying else make(name, args.models)
     started = time.time()
     if algorithm != "ppo":
-        overrides = ["reward.sources=[rewards:variety]", "algorithm.kl_coef=0.01", *overrides]
+        overrides = ["reward.sources=[rewards:variety]", "algorithm.kl_coef=0.01", *ALONE, *overrides]
     done = subprocess.run(
         [sys.executable, HERE / "iteration.py", "--one", "run", "--workloads", name, "--workload", workload,
          "--models", args.models, "--algorithm", algorithm, "--iterations", str(args.iterations), *overrides],
@@ -117,7 +117,7 @@ def peer(case: str, args: argparse.Namespace) -> dict[str, float]:
          workload / "prompts.jsonl", "VARYING" if varying else "EXACT", str(args.iterations)],
         stdout=subprocess.PIPE, check=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    return {"iteration_s": median(found["seconds"][1:]), "start_s": 0.0}
+    return {"iteration_s": median(found["seconds"][1:])}
 
 
 def openrlhf(workload: Path, args: argparse.Namespace) -> dict[str, float]:
