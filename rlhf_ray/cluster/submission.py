@@ -162,7 +162,7 @@ class Output:
             told = 0  # of this connection, which begins at the beginning
             try:
                 async with aclosing(self._server.pieces(self._job)) as pieces:
-                    while (piece := await asyncio.wait_for(anext(pieces, None), _QUIET_S)) is not None:
+                    while (piece := await _next(pieces)) is not None:
                         new = piece[max(0, self._read - told):]
                         told += len(piece)
                         self._read = max(self._read, told)
@@ -181,6 +181,12 @@ class Output:
                 if time.monotonic() - heard > LOST_S:
                     raise Lost(_short(error)) from error
             await asyncio.sleep(_RETRY_S)
+
+
+async def _next(pieces: AsyncGenerator[str, None]) -> str | None:
+    """Raises TimeoutError if there is none for _QUIET_S. (Of Python 3.11, wait_for may swallow a Ctrl-C.)"""
+    async with asyncio.timeout(_QUIET_S):
+        return await anext(pieces, None)
 
 
 def exit_status(job: JobDetails) -> int:
