@@ -6,7 +6,7 @@ references; it reads the arrays from the object store, and puts what it makes ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, RayError
 from torch import Tensor
 
 from rlhf_ray.actors.learner_role import LearnerRole
@@ -28,6 +28,7 @@ from rlhf_ray.models.hub import load_scalar_model, one_row, score_shift
 from rlhf_ray.models.modules import ScalarModel
 
 Batch = TypeVar("Batch", PolicyBatch, CriticBatch)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,23 @@ class RLLearner(LearnerRole):
     one_row: bool
 
     def _read(self, shards: Sequence[Any]) -> list[RolloutBatch]:
-        """What this rank is to pass through; nothing on all ranks if one of them cannot read its own, and raises
-        there: else the others would wait for it in the pass."""
-        error, rollouts = None, list[RolloutBatch]()
+        """What this rank is to pass through."""
+        return self._unless_lost(lambda: ray.get(list(shards)))
+
+    def _unless_lost(self, read: Callable[[], list[T]]) -> list[T]:
+        """What `read` finds in the object store. If one rank misses something, all raise: else the others would wait
+        for it in the next collective."""
+        error, found = None, list[T]()
         try:
-            rollouts = ray.get(list(shards))
+            found = read()
         except RayError as lost:
             error = lost
         (failed,) = self.learner.sum(float(error is not None))
         if error is not None:
             raise error
-        return [] if failed else rollouts
+        if failed:
+            raise ObjectLostError("what another rank was to read", None, "")
+        return found
 
     def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
         return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens, self.one_row)

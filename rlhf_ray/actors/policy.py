@@ -126,7 +126,7 @@ class PolicyLearner(RLLearner):
         weights: of the reward sources; seen: moments of the raw scores of earlier iterations.
         """
         a, in_reward = self.algorithm, kl_coef if self.algorithm.kl_in == "reward" else 0.0
-        loaded = [_Loaded.read(s) for s in shards]
+        loaded = self._unless_lost(lambda: [_Loaded.read(s) for s in shards])
         mine = [x.responses.table() for x in loaded] or [np.zeros((0, 4 + len(weights)))]
         everybody = Responses.from_table(self.learner.gather(np.concatenate(mine)))
         assessment = assess(everybody, self.kind, weights, shaping, in_reward, self.sampling.group_size, seen)

@@ -1,6 +1,7 @@
 """Rewards and advantages do not depend on how many ranks compute them, nor on the order in which shards arrived."""
 
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from end_to_end.small import small_config
 from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.masked import Moments
 from rlhf_ray.core.rewards import Shaping
 from rlhf_ray.core.types import RolloutBatch
@@ -98,3 +100,33 @@ def test_no_field_of_a_train_batch_is_missing(ray_session, models):
         for ref_ in (*result.policy, *result.critic):
             batch = ray.get(ref_)
             assert all(len(getattr(batch, f.name)) in (len(batch.ids), len(batch.lengths)) for f in fields(batch))
+
+
+@ray.remote(num_cpus=0)
+class Reference:
+    def logprobs(self) -> np.ndarray:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("missing", [PolicyLearner.prepare, PolicyLearner.score])
+def test_what_one_rank_misses_leaves_none_waiting(ray_session, models, missing):
+    """A scorer died before it had answered: all ranks fail, and both can be asked again at once."""
+    cfg = small_config(models[0])
+    cfg.roles.policy.ranks = 2
+    with Cast(roles.layout_of(cfg, ["policy"]), cfg.cluster) as cast:
+        policy = roles.policy_learners(cast, cfg, models[0], 1, None)
+        cast.ready()
+        lost = Reference.remote().logprobs.remote()
+        made = [ScoredShard(*(ray.put(x) if k != 1 else (ray.put(x),) for k, x in enumerate(shard)))
+                for shard in shards()[:2]]
+        if missing is PolicyLearner.prepare:
+            args = [([made[0]], [1.0], Shaping(), 0.2, Moments()),
+                    ([replace(made[1], ref_logprobs=lost)], [1.0], Shaping(), 0.2, Moments())]
+        else:
+            args = [([made[0].rollout],), ([lost],)]
+        answers = policy.start_each(missing, args)
+        assert len(ray.wait(answers, num_returns=2, timeout=60)[0]) == 2
+        for answer in answers:
+            with pytest.raises(LOST):
+                ray.get(answer)
+        assert len(policy.call(PolicyLearner.describe)) == 2
