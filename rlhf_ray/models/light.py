@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def absent(*modules: str) -> Iterator[None]:
+def absent(*packages: str) -> Iterator[None]:
     """These seem not to be installed while the body imports others; those that are loaded already stay."""
-    hidden = [name for name in modules if name not in sys.modules]
+    hidden = [name for name in packages if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: Python says it is not there
     try:
         yield
