@@ -6,6 +6,7 @@ An elastic group (the generators of ppo) may also grow, shrink, and go on withou
 from __future__ import annotations
 
 import itertools
+import random
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -134,11 +135,19 @@ def debtors(refs: Sequence[Any]) -> set[str]:
     return {ref.task_id().actor_id().hex() for ref in refs}
 
 
+_PORTS = range(20_000, 30_000)  # no system hands these out to whoever asks for any port, nor does Ray to its workers
+
+
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of this machine that nobody listens on now.
+
+    It will be bound seconds later: none of those that others are given by chance meanwhile.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise UserError(f"no TCP port of {_PORTS.start} to {_PORTS.stop - 1} is free on {socket.gethostname()}")
 
 
 IO = "io"  # the concurrency group of what may run beside an actor's work

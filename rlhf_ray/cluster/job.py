@@ -71,9 +71,11 @@ def _tell(job: str, files: RunFiles, stop: threading.Event) -> None:
 
 
 def words(overview: Overview) -> dict[str, str]:
-    """The entries of the metadata: `at`, unix seconds; `progress` and numbers of the stage that runs; OVERVIEW."""
+    """The entries of the metadata: `at`, unix seconds; `progress` and numbers of the stage that runs, else of the
+    one that ran last; OVERVIEW."""
     found = {"at": str(int(time.time()))}
-    now = next((stage for stage in overview.stages if stage.state == "running"), None)
+    begun = [stage for stage in overview.stages if stage.state == "running" or stage.age_s is not None]
+    now = min(begun, key=lambda stage: (stage.state != "running", stage.age_s or 0.0), default=None)
     if now:
         total = overview.policy.total if overview.policy and now.name == "ppo" else None
         found["progress"] = f"{now.name} {now.step}" + (f"/{total}" if total else "")

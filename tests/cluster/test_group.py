@@ -1,5 +1,6 @@
 """How actors are called; what does not fit a cluster is refused at once, unless nodes may still come."""
 
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,17 @@ def test_a_call_is_named_after_who_does_what() -> None:
     assert policy.start_each(Role.setup, [(1,), (2, 3)])[1] == ("setup", (2, 3), {"name": "policy-1 setup"})
     assert policy.submit(1, Role.describe, (), num_returns=2) == (
         "describe", (), {"name": "policy-1 describe", "num_returns": 2})
+
+
+def test_a_free_port_is_one_that_no_system_hands_out_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is bound seconds after it was found."""
+    with socket.socket() as taken:
+        taken.bind(("", group.free_port()))
+        port = taken.getsockname()[1]
+        assert 20_000 <= port < 30_000  # Linux's own begin at 32768, the workers of Ray's end at 19999
+        monkeypatch.setattr(group, "_PORTS", range(port, port + 1))
+        with pytest.raises(UserError, match=f"no TCP port of {port} to {port} is free"):
+            group.free_port()
 
 
 class _Placement:

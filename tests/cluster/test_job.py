@@ -121,6 +121,12 @@ def test_the_words_are_of_the_stage_that_runs(tmp_path: Path) -> None:
     assert (found["progress"], found["loss"]) == ("sft 10", "4")
 
 
+def test_if_none_runs_any_more_they_are_of_the_last_that_did(tmp_path: Path) -> None:
+    """Its last iterations may have come after the last look."""
+    done(running(tmp_path), "ppo", 9.0)
+    assert words(RunFiles(tmp_path).read(NOW))["progress"] == "ppo 12/40"
+
+
 # --- and how it is read ---
 
 

@@ -14,7 +14,7 @@ from end_to_end.test_submit import Head, head, ppo, wait_for  # noqa: F401
 from rlhf_ray.cluster.group import free_port
 from rlhf_ray.metrics.wire import from_json
 
-ITERATIONS = 12
+ITERATIONS = 24  # of half a second; the metadata are written every two
 TIMELINE = "import json, ray, sys; ray.init(sys.argv[1], log_to_driver=False); json.dump(ray.timeline(), sys.stdout)"
 
 

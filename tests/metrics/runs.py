@@ -62,9 +62,9 @@ def running(run: Path, iterations: int = 12) -> Path:
     """sft and rm are done, ppo has done 12 of 40 iterations and is at work in this process."""
     for name, seconds in (("sft", 83.2), ("compare", 59.0), ("rm", 121.0)):
         done(run, name, seconds)
-    jsonl(run / "sft/metrics.jsonl", [{"step": k, "loss": 5 - k / 10, "pairs": 0.0} for k in range(1, 11)])
+    jsonl(run / "sft/metrics.jsonl", [{"step": k, "loss": 5 - k / 10, "pairs": 0.0} for k in range(1, 11)], 600)
     jsonl(run / "rm/metrics.jsonl", [{"step": k, "loss": 0.7 - k / 100, "accuracy": 0.5 + k / 40}
-                                     for k in range(1, 11)])
+                                     for k in range(1, 11)], 300)
     lock(run, os.getpid(), 600)
     begun(run, "ppo", 125)
     jsonl(run / "ppo/metrics.jsonl", [iteration(k) for k in range(1, iterations + 1)], 3)
