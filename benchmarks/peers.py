@@ -37,6 +37,7 @@ PEER_PACKAGES = (
 CASES = ("ppo-W1", "ppo-W2", "grpo-W2", "rloo-W2", "grpo-W2-varying", "rloo-W2-varying")
 BEST = ["model.dtype=bfloat16", "weight_sync.max_mismatch=0.05", "algorithm.old_logprobs=engine"]
 ALONE = ["roles.policy.threads=2", "roles.reference.threads=2"]  # with no critic each has both cores in its turn
+EXTRA = {"rloo": ["algorithm.old_logprobs=engine"]}  # its KL penalty, in the reward, wants them before the update
 STEP = re.compile(r"'timing/(\w+)': ([0-9.e-]+)")
 
 
@@ -96,7 +97,7 @@ def ours(case: str, args: argparse.Namespace, overrides: list[str]) -> dict[str,
     workload = make_varying(name, args.models) if varying else make(name, args.models)
     started = time.time()
     if algorithm != "ppo":
-        overrides = ["reward.sources=[rewards:variety]", "algorithm.kl_coef=0.01", *ALONE, *overrides]
+        overrides = ["reward.sources=[rewards:variety]", "algorithm.kl_coef=0.01", *ALONE, *EXTRA.get(algorithm, []), *overrides]
     done = subprocess.run(
         [sys.executable, HERE / "iteration.py", "--one", "run", "--workloads", name, "--workload", workload,
          "--models", args.models, "--algorithm", algorithm, "--iterations", str(args.iterations), *overrides],

@@ -99,16 +99,17 @@ def pack(
 ) -> list[PackedRows]:
     """Flat ids [T] to micro-batches of at most `tokens_per_batch` places (at least one row each).
 
-    Rows are as long as the fullest of their micro-batch, at most `row_length`. one_row: lay a micro-batch's rows end to
-    end, [1, R * L]: kernels for variable length tell sequences apart in a batch of one row only.
+    Rows are as long as the fullest of their micro-batch, at most `row_length`. If one has fewer rows it is the first,
+    that of the fullest: a long sequence pads as few others as can be. one_row: lay a micro-batch's rows end to end,
+    [1, R * L]: kernels for variable length tell sequences apart in a batch of one row only.
     """
     rows = plan_rows(lengths, max(row_length, int(max(lengths, default=1))))
     per_batch = max(1, tokens_per_batch // max(row_length, int(max(lengths, default=1))))
     starts = offsets(lengths)
     flat = torch.as_tensor(np.asarray(ids, dtype=np.int64))
     batches = []
-    for first in range(0, len(rows), per_batch):
-        chunk = rows[first : first + per_batch]
+    for end in range(len(rows) % per_batch or per_batch, len(rows) + 1, per_batch):
+        chunk = rows[max(0, end - per_batch) : end]
         width = max(int(sum(lengths[i] for i in row)) for row in chunk)
         index = torch.full((len(chunk), width), -1, dtype=torch.int64)
         positions = torch.zeros((len(chunk), width), dtype=torch.int64)

@@ -92,6 +92,13 @@ def test_pack_by_hand() -> None:
     assert both.filled.all()
 
 
+def test_a_long_sequence_pads_as_few_rows_as_can_be() -> None:
+    """Three rows in passes of two: the long one is alone, and the others as wide as they are."""
+    (long, others) = pack(np.ones(17, dtype=np.int32), np.array([5, 7, 5]), 7, 14)
+    assert (long.ids.shape, others.ids.shape) == ((1, 7), (2, 5))
+    assert long.filled.all() and others.filled.all()
+
+
 def test_empty_places_by_hand() -> None:
     """Rows of 3: one holds sequence 0, the other sequence 1 and two empty places."""
     (both,) = pack(FLAT[:4], LENGTHS[:2], row_length=3, tokens_per_batch=6)
