@@ -97,7 +97,8 @@ def ours(case: str, args: argparse.Namespace, overrides: list[str]) -> dict[str,
     workload = make_varying(name, args.models) if varying else make(name, args.models)
     started = time.time()
     if algorithm != "ppo":
-        overrides = ["reward.sources=[rewards:variety]", "algorithm.kl_coef=0.01", *ALONE, *EXTRA.get(algorithm, []), *overrides]
+        overrides = ["reward.sources=[rewards:variety]", "algorithm.kl_coef=0.01", *ALONE, *EXTRA.get(algorithm, []),
+                     *overrides]
     done = subprocess.run(
         [sys.executable, HERE / "iteration.py", "--one", "run", "--workloads", name, "--workload", workload,
          "--models", args.models, "--algorithm", algorithm, "--iterations", str(args.iterations), *overrides],

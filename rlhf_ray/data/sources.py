@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
@@ -293,6 +294,13 @@ def _review_data(seed: int) -> ReviewData:
 @cache
 def _reasoning_data(task: str, seed: int) -> ReasoningData:
     return ReasoningData(task, seed)
+
+
+def read_by(stage: str, cfg: DataConfig) -> DataConfig:
+    """`cfg` without the paths that only other stages read: those may come later, and change."""
+    mine = {*STAGE_DATA[stage], *MAY_NEED.get(stage, [])}
+    all_paths = {key for table in (STAGE_DATA, MAY_NEED) for keys in table.values() for key in keys}
+    return replace(cfg, **{key: None for key in all_paths - mine})
 
 
 def paths_of(cfg: DataConfig, stage: str) -> dict[str, Path]:

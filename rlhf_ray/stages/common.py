@@ -13,7 +13,7 @@ from typing import Any
 from rlhf_ray import storage
 from rlhf_ray.config.load import config_fingerprint, to_yaml
 from rlhf_ray.config.schema import Config
-from rlhf_ray.data.sources import load_task_data
+from rlhf_ray.data.sources import load_task_data, read_by
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.memory import RssSampler
 from rlhf_ray.metrics.progress import console
@@ -124,12 +124,14 @@ DEPENDS = {
 
 
 def fingerprints(cfg: Config) -> dict[str, str]:
-    """Of every stage to run: a hash of its configuration, its data, and all stages before it,
+    """Of every stage to run: a hash of its configuration, the data that it reads, and all stages before it,
     the base model included."""
-    chain, out = f"{load_task_data(cfg.data).fingerprint()} {model_fingerprint(cfg.model.path)}", {}
+    chain, out = model_fingerprint(cfg.model.path), {}
     cfg = replace(cfg, model=replace(cfg.model, path=""))  # what came along with a job is somewhere else every time
     for name in cfg.stages:
-        chain = hashlib.sha256(f"{chain} {name} {config_fingerprint(cfg, DEPENDS[name])}".encode()).hexdigest()
+        data = read_by(name, cfg.data)
+        facts = config_fingerprint(replace(cfg, data=data), DEPENDS[name]), load_task_data(data).fingerprint()
+        chain = hashlib.sha256(" ".join((chain, name, *facts)).encode()).hexdigest()
         out[name] = chain
     return out
 
@@ -170,7 +172,7 @@ def resumed(
     run.
     """
     record.started = True
-    now = identity_of(record.name, cfg, load_task_data(cfg.data).fingerprint(),
+    now = identity_of(record.name, cfg, load_task_data(read_by(record.name, cfg.data)).fingerprint(),
                       {name: model_fingerprint(str(path)) for name, path in models.items()})
     checkpoints = Checkpoints(Paths(cfg).stage(record.name) / "checkpoints", cfg.checkpoint, now)
     newest = None if cfg.resume == "never" else checkpoints.newest()

@@ -49,6 +49,10 @@ ALL = ["sft", "compare", "rm", "ppo", "eval"]
     ("seed", 1, ALL),
     ("model.path", "another/model", ALL),
     ("data.template", "none", ALL),
+    ("data.demonstrations", "d.jsonl", ALL),
+    ("data.comparisons", "c.jsonl", ["compare", "rm", "ppo", "eval"]),  # people ranked what sft wrote: sft stays
+    ("data.ppo_prompts", "p.jsonl", ["ppo", "eval"]),
+    ("data.eval_texts", "t.txt", ["eval"]),
     ("sft.optimizer.lr", 0.5, ALL),
     ("roles.supervised.ranks", 3, ALL),
     ("compare.prompts", 7, ["compare", "rm", "ppo", "eval"]),
