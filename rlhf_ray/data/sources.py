@@ -300,7 +300,8 @@ def read_by(stage: str, cfg: DataConfig) -> DataConfig:
     """`cfg` without the paths that only other stages read: those may come later, and change."""
     mine = {*STAGE_DATA[stage], *MAY_NEED.get(stage, [])}
     all_paths = {key for table in (STAGE_DATA, MAY_NEED) for keys in table.values() for key in keys}
-    return replace(cfg, **{key: None for key in all_paths - mine})
+    others: dict[str, Any] = dict.fromkeys(all_paths - mine)
+    return replace(cfg, **others)
 
 
 def paths_of(cfg: DataConfig, stage: str) -> dict[str, Path]:
