@@ -145,10 +145,16 @@ def _command(argv: list[str]) -> int:
         return 0
     from rlhf_ray.cluster.runtime import session
 
-    # PyTorch and transformers are seconds of imports, and Ray takes as many to start.
-    Thread(target=importlib.import_module, args=["rlhf_ray.models.hub"], daemon=True).start()
-    with session(cfg):
-        importlib.import_module(module).run(cfg)
+    # PyTorch and transformers are seconds of imports, and Ray takes as many to start. Nothing else is imported
+    # meanwhile (some packages are hidden from these imports), and no interpreter ends in the middle of them.
+    imports = Thread(target=importlib.import_module, args=["rlhf_ray.models.hub"], daemon=True)
+    imports.start()
+    try:
+        with session(cfg):
+            imports.join()
+            importlib.import_module(module).run(cfg)
+    finally:
+        imports.join()
     return 0
 
 

@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_ray.core.matmul import times_transposed
 
-CHUNK_BYTES = 64 << 20  # of float32 logits
+# Of float32 logits: in a processor's reach; on a GPU few chunks, each of which adds to the gradient of all of `weight`.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 def token_logprobs(
@@ -27,7 +28,7 @@ def token_logprobs(
     the graph, as ZeRO-3 needs on a rank that has nothing to do. Raises ValueError for a temperature or chunk_size <= 0.
     """
     if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (4 * len(weight)))
+        chunk_size = max(1, CHUNK_BYTES[hidden.device.type] // (4 * len(weight)))
     if temperature <= 0 or chunk_size <= 0:
         raise ValueError(f"temperature ({temperature}) and chunk_size ({chunk_size}) must be positive")
     keep = len(targets) <= chunk_size

@@ -86,6 +86,7 @@ class GenerationEngine:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if not torch.cuda.is_available():
             os.environ.update(CPU_ENVIRONMENT)
+            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before our own kv_cache_memory_bytes
         with absent("sklearn", "scipy"):
             from vllm import LLM
         gc.freeze()  # vLLM collects garbage five times as it starts: not again among what was just imported

@@ -40,8 +40,9 @@ class Ahead:
 
     def take(self) -> Rollouts | None:
         """It, when it is there; raises what `run` raises."""
-        rollouts, self._rollouts, self.prompts = self._rollouts, None, None
-        return rollouts.result() if rollouts else None
+        rollouts = self._rollouts.result() if self._rollouts else None
+        self._rollouts = self.prompts = None  # not before: who is interrupted while waiting has something to drop
+        return rollouts
 
     def drop(self) -> None:
         """Do without it."""

@@ -104,10 +104,10 @@ class PPOTrainer:
                         self.interruption.allow()
                         if isinstance(error, ObjectLostError):
                             self.workers.forget()  # what is kept may be gone with its node
+                        self.ahead.drop()
                         self.load_state_dict(self.boundary)
                         if not isinstance(error, Again):
                             self.recovery.heal(error)
-                        self.ahead.drop()
             except BaseException:
                 self.saver.last(self.save)
                 raise

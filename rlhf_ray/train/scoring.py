@@ -33,17 +33,18 @@ class Scoring:
                 waves.add(shard)
 
     def finish(self, rollouts: Rollouts, timeout_s: float) -> dict[str, float]:
-        """Wait for all of it, and for the rewards; the shards then have what was found. Returns mean entropy and
-        mismatch, nats per token.
+        """Wait for all of it, for the rewards and the reference; the shards then have what was found. Returns mean
+        entropy and mismatch, nats per token.
 
-        Everything that a reward source can raise is raised here, before anything has been updated.
+        Everything that a reward source or the reference can raise is raised here, before anything has been updated: a
+        learner that found it in place of an array would only say that it is lost.
         """
         shards = [s.rollout for s in rollouts.shards]
         if not shards:
             raise UserError("every response of this iteration is empty: the policy ends before it begins; look at "
                             "data.template and at what sft was trained on")
         asked = [ref for waves in (self._policy, self._critic) if waves for ref in waves.finish()]
-        wait(asked + [ref for s in rollouts.shards for ref in s.scores], timeout_s, "scoring")
+        wait(asked + [ref for s in rollouts.shards for ref in (*s.scores, s.ref_logprobs)], timeout_s, "scoring")
         old: list[OldLogprobs] = self._policy.answers(shards) if self._policy else []
         values = self._critic.answers(shards) if self._critic else [None] * len(shards)
         refs = [o.logprobs for o in old] or [None] * len(shards)

@@ -107,3 +107,10 @@ def test_tensors_in_any_order_have_the_same_sum():
 def test_nothing_and_a_scalar_have_digests():
     assert not same(torch.zeros(0), torch.zeros(0, 3))
     assert not same(torch.tensor(1.0), torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("words", [1, 1 << 16, (1 << 16) + 5, 65 << 16, (65 << 16) + 5])
+def test_on_an_accelerator_it_is_the_same(words):
+    """Where parts are taken side by side, 64 at a time."""
+    w = torch.randint(-2**31, 2**31, (words,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    assert module._sums_side_by_side(w) == module._sums(w)

@@ -100,7 +100,7 @@ def test_chunks_are_no_larger_than_asked(monkeypatch):
     token_logprobs(hidden, weight, targets, 1.0, chunk_size=11)[0].sum().backward()
     assert sizes == [11]
     sizes.clear()
-    monkeypatch.setattr(module, "CHUNK_BYTES", 6 * 17 * 4)  # six tokens of a vocabulary of 17
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 6 * 17 * 4)  # six tokens of a vocabulary of 17
     token_logprobs(hidden.detach(), weight.detach(), targets, 1.0)
     assert sizes == [6, 5]
 

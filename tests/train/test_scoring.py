@@ -1,5 +1,6 @@
 """Dealing shards to ranks, in waves, and putting their answers back in order. Actors are names here."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +49,8 @@ class Rank:
 
 def answer(call: tuple[str, ...]) -> Any:
     name, method, *shards = call
+    if method == "fails":
+        raise ValueError(name)
     if method == "values":
         return [f"values of {shard} by {name}" for shard in shards]
     return [OldLogprobs(f"logprobs of {shard} by {name}", 10, 20.0, int(shard)) for shard in shards]
@@ -60,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def rollouts(*shards: str) -> Rollouts:
-    return Rollouts([ScoredShard(s, (), None) for s in shards])
+    return Rollouts([ScoredShard(s, (("reward", "values", s),), ("reference", "values", s)) for s in shards])
 
 
 def test_learners_score_in_waves_while_shards_come(calls: list[str]) -> None:
@@ -98,6 +101,15 @@ def test_a_shard_of_a_lost_generator_is_scored_in_vain(calls: list[str]) -> None
     found = rollouts("2")
     assert scoring.finish(found, 9.0)["mismatch"] == 2 / 10
     assert [s.old_logprobs for s in found.shards] == ["logprobs of 2 by p0"]
+
+
+@pytest.mark.parametrize("who", ["reward", "reference"])
+def test_whoever_fails_is_heard_before_a_learner_would_miss_its_answer(calls: list[str], who: str) -> None:
+    (shard,) = rollouts("1").shards
+    failing = replace(shard, **{"reward": {"scores": (("reward", "fails"),)},
+                                "reference": {"ref_logprobs": ("reference", "fails")}}[who])
+    with pytest.raises(ValueError, match=who):
+        Scoring(None, None, eager=True).finish(Rollouts([failing]), 9.0)
 
 
 def test_nothing_to_score_says_why() -> None:
