@@ -79,7 +79,7 @@ class Reader:
 
 def copies() -> int:
     """One when an array is put into the store; one more if a reader on the same node has a copy of its own."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         return 1 + int(ray.get(Reader.remote().own.remote(ray.put(np.zeros(1 << 20, dtype=np.float32)))))
     finally:
