@@ -5,48 +5,46 @@ from functools import cache
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
-_WORDS = 1 << 16  # of 4 bytes, looked at together: they and their places stay in a processor's cache
+_WORDS = 1 << 16  # of 4 bytes
 
 
 def tensor_digest(name: str, tensor: Tensor) -> int:
     """Of the tensor's bits, its dtype, shape and name: 64 bits; computed on the tensor's device, as fast as it is read.
 
-    A sum over words of bits (4 bytes, so that in 64 bits none is lost) times a number of their place, so swapped or
-    moved elements are noticed; sums commute, so digests of tensors can be added up in any order. A check against
-    accidents, not against malice.
+    Those of different tensors can be added up in any order. Copies are to be compared on one kind of device, for
+    processors (XXH3) and accelerators have digests of their own. A check against accidents, not against malice.
     """
     data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if data.numel() % 4 or data.storage_offset() % 4:
-        data = torch.cat([data, data.new_zeros(-data.numel() % 4)])
-    words = data.view(torch.int32)
-    sums = _sums(words) if data.device.type == "cpu" else _sums_side_by_side(words)
-    factors = _odd(np.arange(_WORDS, _WORDS + len(sums), dtype=np.uint64)).tolist()
-    total = sum(part * factor for part, factor in zip(sums, factors, strict=True))
     label = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-    salt = int.from_bytes(hashlib.sha256(label).digest()[:8], "big")
-    return (total ^ salt) & _MASK
+    seed = int.from_bytes(hashlib.sha256(label).digest()[:8], "big")
+    return _on_processor(data, seed) if data.device.type == "cpu" else _on_accelerator(data, seed)
 
 
 def add_digests(a: int, b: int) -> int:
     return (a + b) & _MASK
 
 
-def _sums(words: Tensor) -> list[int]:
-    """Of each part of _WORDS words times their places; int64 wraps around, the same everywhere."""
-    places, wide = _places(words.device), torch.empty(_WORDS, dtype=torch.int64)
-    return [int(torch.dot(wide[: len(part)].copy_(part), places[: len(part)])) for part in words.split(_WORDS)]
+def _on_processor(data: Tensor, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(data.numpy().data, seed)
 
 
-def _sums_side_by_side(words: Tensor) -> list[int]:
-    """The same, many parts in one step: an accelerator takes as long to be asked as to answer."""
-    places, whole = _places(words.device), len(words) // _WORDS * _WORDS
-    sums = [(parts * places).sum(1) for parts in words[:whole].view(-1, _WORDS).split(64)]
-    if whole < len(words):
-        sums.append((words[whole:] * places[: len(words) - whole]).sum(0, keepdim=True))
-    return [int(x) for x in torch.cat(sums).tolist()]
+def _on_accelerator(data: Tensor, seed: int) -> int:
+    """A sum over words of bits (4 bytes, so that in 64 bits none is lost) times a number of their place, so swapped or
+    moved elements are noticed. Many parts in one step: an accelerator takes as long to be asked as to answer."""
+    if data.numel() % 4 or data.storage_offset() % 4:
+        data = torch.cat([data, data.new_zeros(-data.numel() % 4)])
+    words, places = data.view(torch.int32), _places(data.device)[:_WORDS]
+    whole = len(words) // _WORDS * _WORDS
+    parts = [(some * places).sum(1) for some in words[:whole].view(-1, _WORDS).split(64)]  # int64 wraps around
+    parts.append((words[whole:] * places[: len(words) - whole]).sum(0, keepdim=True))
+    sums = torch.cat(parts).tolist()
+    factors = _odd(np.arange(_WORDS, _WORDS + len(sums), dtype=np.uint64)).tolist()
+    total = sum(part * factor for part, factor in zip(sums, factors, strict=True))
+    return (total ^ seed) & _MASK
 
 
 @cache

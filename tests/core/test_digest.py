@@ -10,6 +10,13 @@ from rlhf_ray.core.digest import add_digests, tensor_digest
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.int64]
 
 
+@pytest.fixture(params=["processor", "accelerator"], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an accelerator would compute is computed here too."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(module, "_on_processor", module._on_accelerator)
+
+
 def weights(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
 
@@ -110,7 +117,12 @@ def test_nothing_and_a_scalar_have_digests():
 
 
 @pytest.mark.parametrize("words", [1, 1 << 16, (1 << 16) + 5, 65 << 16, (65 << 16) + 5])
-def test_on_an_accelerator_it_is_the_same(words):
-    """Where parts are taken side by side, 64 at a time."""
-    w = torch.randint(-2**31, 2**31, (words,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    assert module._sums_side_by_side(w) == module._sums(w)
+def test_the_last_word_counts_however_many_there_are(words):
+    """An accelerator takes parts of 65,536 words side by side, 64 at a time."""
+    w = torch.arange(words, dtype=torch.int32)
+    changed = w.clone()
+    changed[-1] += 1
+    assert not same(w, changed)
+    if words > 1:
+        changed[-1], changed[0] = w[0], w[-1]
+        assert not same(w, changed)
