@@ -71,7 +71,9 @@ def main() -> None:
                         "floor_over_iteration": table[name]["floor"]["total"]["median"]
                         / table[name]["run"]["total"]["median"]}
     if not args.short:
-        RESULTS.write_text(json.dumps({**conditions(), "overrides": overrides, "workloads": table}, indent=1) + "\n")
+        found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        found[" ".join(overrides) or "defaults"] = {**conditions(), "workloads": table}
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
     for name, found in table.items():
         for kind in ("floor", "run"):
             print(f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in found[kind].items()))

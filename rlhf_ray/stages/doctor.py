@@ -104,8 +104,8 @@ def torch_companions(torch: str, companions: dict[str, str | None]) -> Iterator[
 def machine(cfg: Config) -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0))
     yield graded("cores", cores, 1, 2, "cores", "one core works, slowly")
-    yield graded("available memory", available_memory() / GIB, 3, 12, "GiB",
-                 "the quickstart takes up to 12 GiB: close other programs, or lower roles.*.ranks and replicas")
+    yield graded("available memory", available_memory() / GIB, 3, 10, "GiB",
+                 "the quickstart takes up to 10 GiB: close other programs, or lower roles.*.ranks and replicas")
     yield from protocol_of(cfg.output_dir)
     directory = local_root(cfg.output_dir)
     where = directory if url_of(directory) else cfg.output_dir
