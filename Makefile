@@ -31,7 +31,7 @@ test: install
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-test-fast: install  # without the end-to-end tests
+test-fast: install  # without the end-to-end tests and planted faults
 	$(BIN)/pytest --ignore tests/end_to_end --ignore tests/test_mutations.py
 
 chaos: install  # the long form of the tests of faults: one hundred actors, twenty whole runs, two hundred iterations

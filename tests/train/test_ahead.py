@@ -1,5 +1,7 @@
 """A rollout on its way: taken when it is there, or dropped."""
 
+import os
+import signal
 import threading
 from typing import Any
 
@@ -45,6 +47,18 @@ def test_what_goes_wrong_is_raised_by_who_takes_it() -> None:
     workers.forget()
     with pytest.raises(Forgotten):
         ahead.take()
+
+
+def test_who_is_interrupted_while_waiting_can_still_drop_it() -> None:
+    """Else its thread would ask actors that are gone."""
+    workers: Any = Workers()
+    ahead = Ahead(workers)
+    ahead.begin({}, [])
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        ahead.take()
+    ahead.drop()
+    assert workers.forgotten and ahead.take() is None
 
 
 def test_what_is_dropped_is_nobodys_and_another_may_begin() -> None:
