@@ -100,18 +100,18 @@ class Wire:
     """One end of a gloo broadcast."""
 
     def join(self, port: int, rank: int, world_size: int) -> None:
-        from rlhf_ray.engines.weight_sync import _join
+        from rlhf_ray.engines.wire_gloo import join
 
-        self.rank, self.group = rank, _join("127.0.0.1", port, rank, world_size)
+        self.rank, self.group = rank, join("127.0.0.1", port, rank, world_size, 120.0)
 
     def broadcast(self, total: int, bucket: int) -> None:
         import torch
 
-        from rlhf_ray.engines.weight_sync import _broadcast
+        from rlhf_ray.engines.wire_gloo import broadcast
 
         buffer = torch.zeros(min(bucket, total) // 4)
         for first in range(0, total // 4, len(buffer)):
-            _broadcast(self.group, buffer[: total // 4 - first]).wait()
+            broadcast(self.group, buffer[: total // 4 - first]).wait()
 
 
 def parameters(path: str) -> int:

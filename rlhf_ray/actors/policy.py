@@ -283,7 +283,7 @@ class PolicyLearner(RLLearner):
             self.sender.close()
         engines = RayEngines(generators, workers_each, timeout_s)
         observe = self._observe if self.algorithm.ema_decay and self.learner.rank == 0 else None
-        self.sender = WeightSender(self.learner, engines, backend, *meeting_point, bucket_mib, observe)
+        self.sender = WeightSender(self.learner, engines, backend, *meeting_point, bucket_mib, timeout_s, observe)
 
     def push(self, version: int) -> None:
         """Bring all generators to the current weights; they then hold `version`, or this raises."""

@@ -122,9 +122,9 @@ class RolesConfig:
 
 @dataclass
 class WeightSyncConfig:
-    backend: str = opt("auto", "wire from learner to generators: gloo (CPU), nccl (separate GPUs), "
-                       "ipc (shared GPU); auto takes it from the layout",
-                       choices=("auto", "gloo", "nccl", "ipc"))
+    backend: str = opt("auto", "wire from learner to generators: shm (CPU, one host), gloo (CPU), nccl (separate "
+                       "GPUs), ipc (shared GPU); auto takes it from the layout",
+                       choices=("auto", "shm", "gloo", "nccl", "ipc"))
     bucket_mib: float = opt(64.0, "weights are sent in packed buckets of this size, MiB", gt=0)
     max_mismatch: float = opt(1e-3, "after the first sync, mean |trainer - engine| log-probability above which the run "
                               "stops, nats per token; bfloat16 rounds by 0.01 to 0.03", gt=0)

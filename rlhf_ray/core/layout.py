@@ -120,18 +120,19 @@ def _check_colocated(policy: RoleRequest, generator: RoleRequest) -> None:
         raise ValueError(f"colocated placement shares one device; {asked}. Both or neither must use one")
 
 
-def default_sync_backend(device_gpus: bool, colocated: bool) -> str:
-    """The wire for weights: `gloo` without GPUs, `ipc` on a shared GPU, `nccl` between separate ones."""
+def default_sync_backend(device_gpus: bool, colocated: bool, one_host: bool) -> str:
+    """The wire for weights: without GPUs `shm` if all are on one host, else `gloo`; `ipc` on a shared GPU, `nccl`
+    between separate ones."""
     if not device_gpus:
-        return "gloo"
+        return "shm" if one_host else "gloo"
     return "ipc" if colocated else "nccl"
 
 
 def check_sync_backend(backend: str, device_gpus: bool, colocated: bool) -> None:
-    """Raise ValueError for a wire that cannot work in this layout; gloo always can."""
-    if backend not in ("gloo", "nccl", "ipc"):
-        raise ValueError(f"unknown weight_sync.backend {backend!r}: gloo, nccl or ipc")
-    if backend == "gloo":
+    """Raise ValueError for a wire that cannot work in this layout; gloo always can, and shm on one host."""
+    if backend not in ("gloo", "shm", "nccl", "ipc"):
+        raise ValueError(f"unknown weight_sync.backend {backend!r}: gloo, shm, nccl or ipc")
+    if backend in ("gloo", "shm"):
         return
     if not device_gpus:
         why = "needs GPUs, and the policy and generators have none"
@@ -141,5 +142,5 @@ def check_sync_backend(backend: str, device_gpus: bool, colocated: bool) -> None
         why = "refuses two ranks on one GPU, and generator i shares the GPU of policy rank i"
     else:
         return
-    best = default_sync_backend(device_gpus, colocated)
+    best = "gloo" if not device_gpus else "ipc" if colocated else "nccl"
     raise ValueError(f"weight_sync.backend={backend} {why}; use {best} or auto")

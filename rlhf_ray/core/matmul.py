@@ -1,12 +1,14 @@
 """Products of matrices on CPU by oneDNN, which PyTorch has beside MKL and asks only for bfloat16.
 
-In float32 it is as exact, and on processors that MKL does not know (AMD's) twice as fast.
+In float32 it is as exact, and where MKL does not use the AVX-512 that is there (AMD's processors) twice as fast. With
+AVX2 alone MKL is ahead: a training step takes 19% less.
 """
 
 import torch
 from torch import Tensor
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+           and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
 
 
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:

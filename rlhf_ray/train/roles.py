@@ -13,6 +13,7 @@ from rlhf_ray.actors.policy import PolicyLearner, Sampling
 from rlhf_ray.actors.rewards import RewardFunction, RewardService
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.cluster.runtime import address_of
 from rlhf_ray.config.reward_sources import SERVICE
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.layout import check_sync_backend, default_sync_backend
@@ -30,7 +31,7 @@ def sync_backend(cfg: Config) -> str:
     gpus = cfg.roles.policy.gpus > 0 and cfg.roles.generator.gpus > 0
     colocated = cfg.cluster.placement == "colocated"
     if cfg.weight_sync.backend == "auto":
-        return default_sync_backend(gpus, colocated)
+        return default_sync_backend(gpus, colocated, address_of(cfg.cluster) == "local")
     try:
         check_sync_backend(cfg.weight_sync.backend, gpus, colocated)
     except ValueError as error:

@@ -77,20 +77,21 @@ def test_impossible_layouts(policy, generator, placement, message):
         plan_layout({"policy": policy, "generator": generator}, placement)
 
 
-# device_gpus, colocated -> the default, and all that may be asked for
+# device_gpus, colocated -> the default on several hosts and on one, and what may be asked for besides gloo and shm
 WIRES = [
-    (False, False, "gloo", {"gloo"}),
-    (False, True, "gloo", {"gloo"}),
-    (True, False, "nccl", {"gloo", "nccl"}),
-    (True, True, "ipc", {"gloo", "ipc"}),
+    (False, False, "gloo", "shm", set()),
+    (False, True, "gloo", "shm", set()),
+    (True, False, "nccl", "nccl", {"nccl"}),
+    (True, True, "ipc", "ipc", {"ipc"}),
 ]
 
 
-@pytest.mark.parametrize(("gpus", "colocated", "default", "allowed"), WIRES)
-def test_sync_backends(gpus, colocated, default, allowed):
-    assert default_sync_backend(gpus, colocated) == default
-    for backend in ("gloo", "nccl", "ipc", "auto"):
-        if backend in allowed:
+@pytest.mark.parametrize(("gpus", "colocated", "default", "one_host", "allowed"), WIRES)
+def test_sync_backends(gpus, colocated, default, one_host, allowed):
+    assert default_sync_backend(gpus, colocated, False) == default
+    assert default_sync_backend(gpus, colocated, True) == one_host
+    for backend in ("gloo", "shm", "nccl", "ipc", "auto"):
+        if backend in {"gloo", "shm", *allowed}:
             check_sync_backend(backend, gpus, colocated)
         else:
             with pytest.raises(ValueError, match=f"weight_sync.backend.*{backend}"):

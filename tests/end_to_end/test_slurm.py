@@ -89,7 +89,7 @@ class Slurm:
 
     def processes(self) -> list[str]:
         """What runs on the nodes besides Slurm itself."""
-        return [line for n in self.nodes for line in n.run("ps", "-eo", "args", "--no-headers").splitlines()
+        return [line for n in self.nodes for line in n.run("ps", "-ww", "-eo", "args", "--no-headers").splitlines()
                 if line.split()[0] not in ("cat", "ps", *DAEMONS)]
 
     def left(self, number: str) -> list[str]:

@@ -43,25 +43,27 @@ def gap(reference, model: str, batches) -> float:
     return float(np.concatenate(gaps).mean())
 
 
-def connect(cast, policy, generators, bucket_mib=64.0) -> None:
-    policy.call(PolicyLearner.connect, generators.actors, 1, "gloo", cast.meeting_point("policy"), bucket_mib, 60.0)
+def connect(cast, policy, generators, bucket_mib=64.0, wire="shm") -> None:
+    policy.call(PolicyLearner.connect, generators.actors, 1, wire, cast.meeting_point("policy"), bucket_mib, 60.0)
 
 
-@pytest.mark.parametrize("bucket_mib", [64.0, 0.001])  # one bucket for all; one for nearly every tensor
-def test_engines_sample_from_the_learners_weights(ray_session, models, bucket_mib):
+@pytest.mark.parametrize("wire", ["shm", "gloo"])
+def test_engines_sample_from_the_learners_weights(ray_session, models, wire):
     """Two engines start from model 0; two ZeRO-3 ranks hold model 1. After the push the engines' log-probabilities
-    are model 1's (to 1e-5 per token, float32), embeddings and the head tied to them included; model 0's are not."""
+    are model 1's (to 1e-5 per token, float32), embeddings and the head tied to them included; model 0's are not.
+
+    Here nearly every tensor is a bucket of its own, elsewhere in this file all are one."""
     engine_start, learner_start = models
     cfg = small_config(learner_start)
     cfg.roles.policy.ranks, cfg.roles.generator.replicas = 2, 2
     cfg.roles.policy.param_persistence_threshold = 0  # every parameter is sharded and must be gathered
     with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, engine_start, ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, engine_start, ray.put(PROMPTS), wire)
         policy = roles.policy_learners(cast, cfg, learner_start, 1, None)
         reference = roles.reference_models(cast, cfg, learner_start)
         cast.ready()
         assert gap(reference, engine_start, rollouts(generators, 0)) < 1e-5
-        connect(cast, policy, generators, bucket_mib)
+        connect(cast, policy, generators, 0.001, wire)
         policy.call(PolicyLearner.push, 7)
         batches = rollouts(generators, 7)
         assert gap(reference, learner_start, batches) < 1e-5
@@ -73,7 +75,7 @@ def test_nothing_that_old_weights_computed_is_reused(ray_session, models):
     cfg = small_config(models[1])
     cfg.model.max_length = 240
     with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(LONG_PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, models[0], ray.put(LONG_PROMPTS), "shm")
         policy = roles.policy_learners(cast, cfg, models[1], 1, None)
         reference = roles.reference_models(cast, cfg, models[0])
         cast.ready()
@@ -90,7 +92,7 @@ def test_synced_weights_equal_the_same_weights_loaded_from_disk(ray_session, unt
     cfg = small_config(untied_models[1])
     cfg.roles.generator.replicas = 2
     with Cast(roles.layout_of(cfg, ["policy", "generator"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, untied_models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, untied_models[0], ray.put(PROMPTS), "shm")
         policy = roles.policy_learners(cast, cfg, untied_models[1], 1, None)
         cast.ready()
         old = generators.call(Generator.answer, SAMPLES, 0.0, 20)[0]
@@ -114,7 +116,7 @@ def test_untied_heads_and_padded_vocabularies_are_synced_too(ray_session, models
     """A model whose head is its own, and whose vocabulary of 384 is larger than the tokenizer's 320."""
     cfg = small_config(untied_models[1])
     with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, untied_models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, untied_models[0], ray.put(PROMPTS), "shm")
         policy = roles.policy_learners(cast, cfg, untied_models[1], 1, None)
         reference = roles.reference_models(cast, cfg, untied_models[0])
         cast.ready()
@@ -130,7 +132,7 @@ def test_a_digest_that_differs_names_the_generator(ray_session, models):
     """What was sent and what was loaded are compared on every engine, bit for bit."""
     cfg = small_config(models[1])
     with Cast(roles.layout_of(cfg, ["policy", "generator"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
         policy = roles.policy_learners(cast, cfg, models[1], 1, None)
         cast.ready()
         connect(cast, policy, generators)
@@ -147,7 +149,7 @@ def test_the_gate_after_the_first_sync(ray_session, models):
     cfg = small_config(models[1])
     cfg.roles.generator.replicas, cfg.rollout.temperature = 2, 0.7
     with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
         policy = roles.policy_learners(cast, cfg, models[1], 1, None)
         reference = roles.reference_models(cast, cfg, models[1])
         cast.ready()
@@ -163,7 +165,7 @@ def test_the_gate_after_the_first_sync(ray_session, models):
 def test_a_stale_engine_is_never_asked(ray_session, models):
     cfg = small_config(models[0])
     with Cast(roles.layout_of(cfg, ["generator"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
         cast.ready()
         with pytest.raises(RuntimeError, match="weights 3, this engine holds 0"):
             rollouts(generators, version=3)
@@ -174,7 +176,7 @@ def test_the_same_seeds_give_the_same_samples_whoever_generates(ray_session, mod
     cfg = small_config(models[0])
     cfg.roles.generator.replicas = 2
     with Cast(roles.layout_of(cfg, ["generator"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
         cast.ready()
         both = generators.call(Generator.answer, SAMPLES, 1.0, 20)
         half = generators.call_each(Generator.answer, [(SAMPLES[i::2], 1.0, 20) for i in range(2)])
@@ -189,7 +191,7 @@ def test_shards_are_scored_as_they_arrive_and_the_driver_sees_numbers_only(ray_s
     cfg = small_config(models[0])
     cfg.roles.generator.shard_size = 5
     with Cast(roles.layout_of(cfg, ["generator", "reference", "reward"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "gloo")
+        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
         reward, reference = roles.reward_models(cast, cfg, models[0]), roles.reference_models(cast, cfg, models[0])
         cast.ready()
         turns = Turns(generators, generators, False)

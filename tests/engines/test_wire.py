@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta
 
-from rlhf_ray.engines.weight_sync import buckets
+from rlhf_ray.engines.wire import buckets
 
 
 def meta(*parameters: tuple[str, int] | tuple[str, int, torch.dtype]) -> list[ParamMeta]:
