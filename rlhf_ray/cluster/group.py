@@ -120,14 +120,15 @@ def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any
 
     Raises Overdue naming `what` after `timeout_s` seconds.
     """
+    found: dict[ray.ObjectRef, Any] = {}
     pending, deadline = list(refs), time.monotonic() + timeout_s
     while pending:
-        done, pending = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
+        if not ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))[0]:
             raise Overdue(f"{what} did not answer within {timeout_s:.0f} s ({len(pending)} of {len(refs)} calls)",
                           debtors(pending))
-        ray.get(done)
-    return list(ray.get(list(refs)))
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=0)  # all that are there, not one by one
+        found |= zip(done, ray.get(done), strict=True)
+    return [found[ref] for ref in refs]
 
 
 def debtors(refs: Sequence[Any]) -> set[str]:
