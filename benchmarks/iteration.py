@@ -141,10 +141,10 @@ def floor(cfg: Config) -> dict[str, Any]:
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-6, fused=True) for m in (policy, critic)}
 
     def logprobs(model: CausalLM, rows: PackedRows) -> torch.Tensor:
-        return model(rows.ids, rows.positions, rows.positions >= PROMPT, 1.0)[0]
+        return model(rows, rows.positions >= PROMPT, 1.0)[0]
 
     def values(model: ScalarModel, rows: PackedRows) -> torch.Tensor:
-        return ScalarModel.values(model(rows.ids, rows.positions))
+        return rows.before(model(rows))
 
     def forward(of: Callable[..., torch.Tensor], model: Any, batches: list[PackedRows]) -> None:
         with torch.no_grad():

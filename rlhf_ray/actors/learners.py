@@ -21,10 +21,10 @@ from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.losses import explained_variance, value_loss
 from rlhf_ray.core.masked import Moments, moments
-from rlhf_ray.core.ragged import PackedRows, pack, take
+from rlhf_ray.core.ragged import PackedRows, first_true, pack, take
 from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_scalar_model, one_row, score_shift
+from rlhf_ray.models.hub import load_scalar_model, one_row, score_shift, shares_prompts
 from rlhf_ray.models.modules import ScalarModel
 
 Batch = TypeVar("Batch", PolicyBatch, CriticBatch)
@@ -57,6 +57,7 @@ class RLLearner(LearnerRole):
     learner: Learner
     row_length: int
     one_row: bool
+    shares_prompts: bool
 
     def _read(self, shards: Sequence[Any]) -> list[RolloutBatch]:
         """What this rank is to pass through."""
@@ -77,8 +78,15 @@ class RLLearner(LearnerRole):
             raise ObjectLostError("what another rank was to read", None, "")
         return found
 
-    def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
-        return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens, self.one_row)
+    def _pack(
+        self, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None = None
+    ) -> list[PackedRows]:
+        """prompts [N]: so many first tokens of each sequence are its prompt."""
+        return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens, self.one_row,
+                    prompts if self.shares_prompts else None)
+
+    def _pack_responses(self, batch: Batch) -> list[PackedRows]:
+        return self._pack(batch.ids, batch.lengths, first_true(batch.in_response, batch.lengths))
 
     @staticmethod
     def _whole(kind: type[Batch], batches: Sequence[Any]) -> Batch:
@@ -108,17 +116,16 @@ class CriticLearner(RLLearner):
         device = join_group(where, cfg.threads, timeout_s)
         self.cfg, self.row_length, self.one_row, self.algorithm = cfg, model.max_length, one_row(model), algorithm
         self.model = load_scalar_model(path, model)
+        self.shares_prompts = shares_prompts(self.model, model)
         self.learner = Learner(ScalarModel(self.model, score_shift(path)), cfg, optimizer, model.dtype, total_steps,
                                device)
 
     def values(self, shards: Sequence[Any]) -> list[Any]:
         """References to the values float32 [T] of this rank's shards: entry t is predicted before token t."""
         rollouts = self._read(shards)
-        packed = [(r, self._pack(r.ids, r.lengths)) for r in rollouts]
+        packed = [(r, self._pack(r.ids, r.lengths, r.prompt_lengths)) for r in rollouts]
         outputs = iter(self.learner.forward(
-            [rows for _, batches in packed for rows in batches],
-            lambda rows: ScalarModel.values(self.learner.engine(rows.ids, rows.positions)),
-        ))
+            [rows for _, batches in packed for rows in batches], lambda rows: rows.before(self.learner.engine(rows))))
         refs = []
         for rollout, batches in packed:
             values = np.zeros(len(rollout.ids), dtype=np.float32)
@@ -141,7 +148,7 @@ class CriticLearner(RLLearner):
             sums = np.zeros(3)
             result = self.learner.step([
                 MicroBatch(rows, partial(self._value_loss, rows=rows, data=rollouts, tokens=tokens, sums=sums))
-                for rows in self._pack(rollouts.ids, rollouts.lengths)
+                for rows in self._pack_responses(rollouts)
             ])
             loss, clipped, squares = self.learner.sum(*sums)
             report += [loss, clipped / tokens, squares, result.grad_norm, result.skipped]
@@ -156,7 +163,7 @@ class CriticLearner(RLLearner):
         self, device_rows: PackedRows, rows: PackedRows, data: CriticBatch, tokens: float, sums: np.ndarray
     ) -> Tensor:
         wanted, device = rows.pick(data.in_response, False), device_rows.ids.device
-        values = ScalarModel.values(self.learner.engine(device_rows.ids, device_rows.positions))[wanted.to(device)]
+        values = device_rows.before(self.learner.engine(device_rows))[wanted.to(device)]
         old, returns = (rows.pick(x)[wanted].to(device) for x in (data.values, data.returns))
         result = value_loss(values, old, returns, torch.ones_like(values, dtype=torch.bool), self.algorithm.value_clip,
                             tokens)

@@ -29,7 +29,7 @@ from rlhf_ray.core.ragged import PackedRows, pad, take, unpad
 from rlhf_ray.core.rewards import Shaping
 from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch, TokenDataset
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_causal_lm, load_tokenizer, one_row, save_model
+from rlhf_ray.models.hub import load_causal_lm, load_tokenizer, one_row, save_model, shares_prompts
 from rlhf_ray.models.modules import CausalLM
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class PolicyLearner(RLLearner):
         high = algorithm.clip_ratio if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
         self.clip = Clip(algorithm.clip_ratio, high, algorithm.dual_clip)
         self.model = load_causal_lm(path, model)
+        self.shares_prompts = shares_prompts(self.model, model)
         self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device)
         self.average: dict[str, Tensor] = {}  # EMA of the weights, float32, on rank 0
         self.averaged: dict[str, int] = {}  # up to which version
@@ -97,12 +98,12 @@ class PolicyLearner(RLLearner):
     def score(self, shards: Sequence[Any]) -> list[OldLogprobs]:
         """Log-probabilities before the update of this rank's shards."""
         rollouts = self._read(shards)
-        packed = [(r, self._pack(r.ids, r.lengths)) for r in rollouts]
+        packed = [(r, self._pack(r.ids, r.lengths, r.prompt_lengths)) for r in rollouts]
         wanted = iter([rows.pick(r.in_response, False) for r, batches in packed for rows in batches])
 
         def pass_(rows: PackedRows) -> Tensor:
             chosen = next(wanted, torch.ones_like(rows.ids, dtype=torch.bool)).to(rows.ids.device)
-            return torch.stack(self.learner.engine(rows.ids, rows.positions, chosen, self.sampling.temperature))
+            return torch.stack(self.learner.engine(rows, chosen, self.sampling.temperature))
 
         outputs = iter(self.learner.forward([rows for _, batches in packed for rows in batches], pass_))
         scored = []
@@ -190,7 +191,7 @@ class PolicyLearner(RLLearner):
             sums = np.zeros(8)
             rl = [MicroBatch(rows, partial(self._policy_loss, rows=rows, data=rollouts, factors=factors, sums=sums,
                                            denominator=denominator, kl_coef=kl_coef, on_policy=on_policy))
-                  for rows in self._pack(rollouts.ids, rollouts.lengths)]
+                  for rows in self._pack_responses(rollouts)]
             mixed = [MicroBatch(rows, partial(self._ptx_loss, rows=rows, data=ptx, tokens=ptx_tokens, sums=sums))
                      for rows in self._pack(ptx.ids, ptx.lengths)]
             result = self.learner.step(rl, mixed)
@@ -230,8 +231,8 @@ class PolicyLearner(RLLearner):
         def of(flat: np.ndarray) -> Tensor:
             return rows.pick(flat)[wanted].to(device)
 
-        logprobs, entropies = self.learner.engine(device_rows.ids, device_rows.positions, wanted.to(device),
-                                                  self.sampling.temperature, a.entropy_coef > 0)
+        logprobs, entropies = self.learner.engine(device_rows, wanted.to(device), self.sampling.temperature,
+                                                  a.entropy_coef > 0)
         factor, old = of(factors), of(data.old_logprobs)
         if on_policy:
             sums[6:] += [float(entropies.detach().sum()), float((logprobs.detach() - old).abs().sum())]
@@ -254,8 +255,7 @@ class PolicyLearner(RLLearner):
         self, device_rows: PackedRows, rows: PackedRows, data: TokenDataset, tokens: float, sums: np.ndarray
     ) -> Tensor:
         wanted = rows.pick(data.in_loss, False)
-        logprobs, _ = self.learner.engine(device_rows.ids, device_rows.positions, wanted.to(device_rows.ids.device),
-                                          1.0)
+        logprobs, _ = self.learner.engine(device_rows, wanted.to(device_rows.ids.device), 1.0)
         loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), tokens)
         sums[5] += float(loss.detach())
         return self.algorithm.ptx_coef * loss

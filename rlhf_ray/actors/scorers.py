@@ -12,11 +12,13 @@ from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import ModelConfig, ScorerConfig
 from rlhf_ray.core.ragged import PackedRows, pack
 from rlhf_ray.core.types import RolloutBatch
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, score_shift
+from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, score_shift, shares_prompts
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 
 class _Scorer(Role):
+    shares_prompts: bool
+
     def _use(self, model: ModelConfig, cfg: ScorerConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
@@ -36,8 +38,10 @@ class _Scorer(Role):
         yield
         self._seconds += time.monotonic() - started
 
-    def _pack(self, ids: np.ndarray, lengths: np.ndarray) -> list[PackedRows]:
-        return pack(ids, lengths, self.row_length, self.micro_batch_tokens, self.one_row)
+    def _pack(self, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None) -> Iterator[PackedRows]:
+        for rows in pack(ids, lengths, self.row_length, self.micro_batch_tokens, self.one_row,
+                         prompts if self.shares_prompts else None):
+            yield rows.to(self.device)
 
 
 class RewardModel(_Scorer, Reader):
@@ -45,7 +49,9 @@ class RewardModel(_Scorer, Reader):
 
     def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
         self._use(model, cfg)
-        self.module = ScalarModel(load_scalar_model(path, model), score_shift(path)).to(self.device).eval()
+        found = load_scalar_model(path, model)
+        self.shares_prompts = shares_prompts(found, model)
+        self.module = ScalarModel(found, score_shift(path)).to(self.device).eval()
         self.tokenizer = load_tokenizer(path)
 
     def scores(self, rollout: RolloutBatch) -> np.ndarray:
@@ -55,17 +61,17 @@ class RewardModel(_Scorer, Reader):
         and a last token of another kind would be a place where it never learnt to judge.
         """
         with self._timed():
-            return self.scores_of(rollout.ids, rollout.lengths, rollout.truncated)
+            return self.scores_of(rollout.ids, rollout.lengths, rollout.truncated, rollout.prompt_lengths)
 
     @torch.no_grad()
-    def scores_of(self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray) -> np.ndarray:
+    def scores_of(
+        self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, prompts: np.ndarray | None = None
+    ) -> np.ndarray:
         ids = np.insert(ids, np.cumsum(lengths)[truncated], self.tokenizer.eos_token_id)
         lengths = lengths + truncated
         outputs = np.empty(len(ids), dtype=np.float32)
-        for rows in self._pack(ids, lengths):
-            outputs[rows.index[rows.filled].numpy()] = (
-                self.module(rows.ids.to(self.device), rows.positions.to(self.device)).cpu()[rows.filled].numpy()
-            )
+        for rows in self._pack(ids, lengths, prompts):
+            outputs[rows.index[rows.filled].cpu().numpy()] = self.module(rows)[rows.filled].cpu().numpy()
         return outputs[np.cumsum(lengths) - 1]
 
 
@@ -81,25 +87,28 @@ class ReferenceModel(_Scorer):
     def load(self, path: str) -> None:
         """Take another model."""
         self.module = None  # one at a time in memory
-        self.module = CausalLM(load_causal_lm(path, self.model)).to(self.device).eval()
+        found = load_causal_lm(path, self.model)
+        self.shares_prompts = shares_prompts(found, self.model)
+        self.module = CausalLM(found).to(self.device).eval()
 
     def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
         """float32 [T]: log p of every response token, 0 on prompt tokens."""
         with self._timed():
-            return self.logprobs_of(rollout.ids, rollout.lengths, rollout.in_response, temperature)
+            return self.logprobs_of(rollout.ids, rollout.lengths, rollout.in_response, temperature,
+                                    rollout.prompt_lengths)
 
     @torch.no_grad()
     def logprobs_of(
-        self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray, temperature: float
+        self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray, temperature: float,
+        prompts: np.ndarray | None = None,
     ) -> np.ndarray:
-        """float32 [T]: log p of the wanted tokens, 0 elsewhere."""
+        """float32 [T]: log p of the wanted tokens, 0 elsewhere. prompts [N]: so many first tokens of each sequence are
+        its prompt, and none of them is wanted; without, all may be."""
         assert self.module is not None
         outputs = np.zeros(len(ids), dtype=np.float32)
-        for rows in self._pack(ids, lengths):
+        for rows in self._pack(ids, lengths, prompts):
             chosen = rows.pick(wanted, False)
-            logprobs, _ = self.module(rows.ids.to(self.device), rows.positions.to(self.device),
-                                      chosen.to(self.device), temperature)
-            outputs[rows.index[chosen].numpy()] = logprobs.cpu().numpy()
+            outputs[rows.index[chosen].cpu().numpy()] = self.module(rows, chosen, temperature)[0].cpu().numpy()
         return outputs
 
 

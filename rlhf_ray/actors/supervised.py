@@ -19,7 +19,7 @@ from rlhf_ray.core.losses import RankingLoss, lm_loss, ranking_loss
 from rlhf_ray.core.ragged import PackedRows, pack, take
 from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, save_model
+from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, save_model, shares_prompts
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 REFERENCE = "reference.safetensors"  # in a checkpoint of DPO: the responses' log-probabilities under the first weights
@@ -54,6 +54,7 @@ class SupervisedLearner(LearnerRole):
             self.model = load_causal_lm(path, model, dropout)
             module = CausalLM(self.model)
         self.row_length, self.one_row = model.max_length, one_row(model)
+        self.shares_prompts = shares_prompts(self.model, model)
         self.learner = Learner(module, learner, optimizer, model.dtype, total_steps, device)
 
     def train(self, rows: Sequence[int]) -> dict[str, float]:
@@ -144,7 +145,7 @@ class SupervisedLearner(LearnerRole):
                 chunk.append(members.pop(0))
             chosen = np.concatenate(chunk)
             (rows,) = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length, 1 << 60,
-                           self.one_row)
+                           self.one_row, d.prompt_lengths[chosen] if self.shares_prompts else None)
             if self.objective == "ranking":
                 batches.append((rows, (chosen,)))
                 continue
@@ -168,7 +169,7 @@ class SupervisedLearner(LearnerRole):
         if self.objective == "lm":
             wanted = extra[0].to(rows.ids.device)
             with torch.autocast(rows.ids.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext():
-                logprobs, _ = self.learner.engine(rows.ids, rows.positions, wanted, 1.0)
+                logprobs, _ = self.learner.engine(rows, wanted, 1.0)
             loss = lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), total)
         else:
             loss = self._ranking(self._of_responses(rows, *extra), extra[0], sums) / total
@@ -210,8 +211,8 @@ class SupervisedLearner(LearnerRole):
         response, float64, as margins are small differences of large sums. `owner`: whose each wanted token is."""
         device = rows.ids.device
         if wanted is None or owner is None:
-            outputs: Tensor = self.learner.engine(rows.ids, rows.positions).flatten()
+            outputs: Tensor = self.learner.engine(rows).flatten()
             return outputs[self._last_tokens(rows, chosen).to(device)]
-        logprobs, _ = self.learner.engine(rows.ids, rows.positions, wanted.to(device), 1.0)
+        logprobs, _ = self.learner.engine(rows, wanted.to(device), 1.0)
         sums = torch.zeros(len(chosen), dtype=torch.float64, device=device)
         return sums.index_add(0, owner.to(device), logprobs.double())

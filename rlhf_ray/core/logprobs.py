@@ -18,7 +18,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of the distribution that it was drawn from.
 
-    hidden [T, H]: hidden[t] is the state that *predicts* targets[t] (see `predictors`); weight [V, H];
+    hidden [T, H]: hidden[t] is the state that *predicts* targets[t] (see `PackedRows.before`); weight [V, H];
     targets int64 [T]. Logits are hidden @ weight.T / temperature; the softmax is float32.
 
     Returns (log-probabilities float32 [T], in nats, with gradients; entropies float32 [T], in nats, with gradients
@@ -91,12 +91,3 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float, dtype: torch.dty
     if temperature != 1:
         logits.div_(temperature)
     return logits.clamp_(min=torch.finfo(torch.float32).min)
-
-
-def predictors(hidden: Tensor) -> Tensor:
-    """Hidden states [R, L, H] to the states that predict each token [R, L, H]: shifted right, zeros first.
-
-    Entry t is hidden[:, t - 1], what the model knew before token t. In packed rows the entry of a sequence's
-    first token is the last state of its neighbour: meaningless, mask it.
-    """
-    return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)

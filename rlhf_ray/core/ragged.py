@@ -3,6 +3,14 @@
 `lengths` [N] is how many tokens each sequence has; sequence i owns flat[offsets[i]:offsets[i + 1]].
 A forward pass sees *packed rows*: several sequences share one row of a rectangle, told apart by position
 ids that start again at 0, so that (nearly) no padding is computed.
+
+Responses to one prompt may go further and share its tokens, so that these are computed once: the row
+
+    p0 p1 p2 | a3 a4 a5 | b3 b4        positions 0 1 2 3 4 5 3 4
+
+is both p0 p1 p2 a3 a4 a5 and p0 p1 p2 b3 b4. Attention then needs a mask (a response sees its prompt and itself), and
+what comes before b3 is p2, not its neighbour: `PackedRows.links`. Gradients are those of the sequences one by one, for
+each is a sum over tokens.
 """
 
 import heapq
@@ -47,12 +55,15 @@ class PackedRows:
 
     ids [R, L] int64 token ids (0 where empty); positions [R, L] int64, 0 at the start of every sequence and
     at every empty place, so that attention treats each of those as a sequence of its own;
-    index [R, L] int64: the token's place in the flat array, -1 where empty.
+    index [R, L] int64: the token's place in the flat array, -1 where empty; a shared prompt's in the first sequence;
+    links [3, R, L] int64, None if no prompt is shared: the place in the row of the token before (that of a first token
+    means nothing), the number of its segment, and that of the prompt before its segment, or its own.
     """
 
     ids: Tensor
     positions: Tensor
     index: Tensor
+    links: Tensor | None = None
 
     @property
     def filled(self) -> Tensor:
@@ -65,8 +76,24 @@ class PackedRows:
         picked = values[self.index.clamp(min=0)]
         return torch.where(self.filled, picked, torch.full_like(picked, fill))
 
+    def before(self, states: Tensor) -> Tensor:
+        """States [R, L, ...] to those of the token before each: what was known when it was chosen. Those of first
+        tokens mean nothing."""
+        if self.links is None:
+            return torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], dim=1)
+        return states[torch.arange(len(states), device=states.device)[:, None], self.links[0]]
+
+    def visible(self) -> Tensor | None:
+        """[R, 1, L, L] bool: whether the token (third) sees that one (fourth); None if positions say it all."""
+        if self.links is None:
+            return None
+        _, own, prompt = self.links
+        related = (own[:, :, None] == own[:, None, :]) | (prompt[:, :, None] == own[:, None, :])
+        return related.tril()[:, None]
+
     def to(self, device: torch.device) -> "PackedRows":
-        return PackedRows(self.ids.to(device), self.positions.to(device), self.index.to(device))
+        return PackedRows(self.ids.to(device), self.positions.to(device), self.index.to(device),
+                          None if self.links is None else self.links.to(device))
 
 
 def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
@@ -94,36 +121,104 @@ def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
         count += 1
 
 
+_SHORT = 256  # tokens: attention within so many costs little beside the rest of a model
+
+
+def first_true(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Flat bool [T]: how many entries of each sequence come before its first True, 0 if it has none. int64 [N]."""
+    return np.array([part.argmax() if len(part) else 0 for part in np.split(flags, offsets(lengths)[1:-1])],
+                    dtype=np.int64)[: len(lengths)]
+
+
+def families(ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, limit: int) -> list[list[int]]:
+    """The sequences whose first `prompts` [N] tokens are equal, together, in their order; as many as have `limit`
+    tokens when these are counted once. One that is its prompt alone, or has none, is by itself."""
+    starts = offsets(lengths)
+    found: list[list[int]] = []
+    newest: dict[bytes, tuple[list[int], int]] = {}  # prompt -> its last family, and the tokens of that
+    for i, (n, p) in enumerate(zip(lengths.tolist(), prompts.tolist(), strict=True)):
+        prompt = ids[starts[i] : starts[i] + p].tobytes()
+        family, size = newest.get(prompt, ([], limit))
+        if not 0 < p < n or size + n - p > limit:
+            family, size = [], p
+            found.append(family)
+        family.append(i)
+        if 0 < p < n:
+            newest[prompt] = family, size + n - p
+    return found
+
+
 def pack(
-    ids: np.ndarray, lengths: np.ndarray, row_length: int, tokens_per_batch: int, one_row: bool = False
+    ids: np.ndarray, lengths: np.ndarray, row_length: int, tokens_per_batch: int, one_row: bool = False,
+    prompts: np.ndarray | None = None,
 ) -> list[PackedRows]:
     """Flat ids [T] to micro-batches of at most `tokens_per_batch` places (at least one row each).
 
     Rows are as long as the fullest of their micro-batch, at most `row_length`. If one has fewer rows it is the first,
     that of the fullest: a long sequence pads as few others as can be. one_row: lay a micro-batch's rows end to end,
     [1, R * L]: kernels for variable length tell sequences apart in a batch of one row only.
+
+    prompts [N]: how many of each sequence's first tokens are its prompt, to be shared by those that have the same; a
+    row may then be longer, up to what is short for attention.
     """
-    rows = plan_rows(lengths, max(row_length, int(max(lengths, default=1))))
-    per_batch = max(1, tokens_per_batch // max(row_length, int(max(lengths, default=1))))
+    if prompts is None:
+        prompts = np.zeros(len(lengths), dtype=np.int64)
+    units = families(ids, lengths, prompts, max(row_length, min(_SHORT, tokens_per_batch)))
     starts = offsets(lengths)
+    laid = [_Unit.of(unit, starts, int(prompts[unit[0]])) for unit in units]
+    sizes = np.array([len(unit.places) for unit in laid], dtype=np.int64)
+    row_length = max(row_length, int(max(sizes, default=1)))
+    rows = plan_rows(sizes, row_length)
+    per_batch = max(1, tokens_per_batch // row_length)
     flat = torch.as_tensor(np.asarray(ids, dtype=np.int64))
     batches = []
     for end in range(len(rows) % per_batch or per_batch, len(rows) + 1, per_batch):
         chunk = rows[max(0, end - per_batch) : end]
-        width = max(int(sum(lengths[i] for i in row)) for row in chunk)
-        index = torch.full((len(chunk), width), -1, dtype=torch.int64)
-        positions = torch.zeros((len(chunk), width), dtype=torch.int64)
+        width = max(int(sizes[row].sum()) for row in chunk)
+        index = np.full((len(chunk), width), -1, dtype=np.int64)
+        positions = np.zeros((len(chunk), width), dtype=np.int64)
+        links = np.empty((3, len(chunk), width), dtype=np.int64)
+        links[0], links[1:] = 0, -1 - np.arange(width)  # every empty place is a segment of its own
         for r, row in enumerate(chunk):
-            at = 0
-            for i in row:
-                n = int(lengths[i])
-                index[r, at : at + n] = torch.arange(int(starts[i]), int(starts[i]) + n)
-                positions[r, at : at + n] = torch.arange(n)
-                at += n
+            at = segments = 0
+            for unit in (laid[i] for i in row):
+                here = slice(at, at + len(unit.places))
+                index[r, here], positions[r, here] = unit.places, unit.positions
+                links[0, r, here] = unit.before + at
+                links[1, r, here], links[2, r, here] = unit.segment + segments, segments
+                at, segments = here.stop, segments + int(unit.segment[-1]) + 1
         if one_row:
             index, positions = index.reshape(1, -1), positions.reshape(1, -1)
-        batches.append(PackedRows(torch.where(index >= 0, flat[index.clamp(min=0)], 0), positions, index))
+        places = torch.from_numpy(index)
+        shares = any(len(units[i]) > 1 for row in chunk for i in row)
+        batches.append(PackedRows(torch.where(places >= 0, flat[places.clamp(min=0)], 0), torch.from_numpy(positions),
+                                  places, torch.from_numpy(links) if shares else None))
     return batches
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What stays together in a row, int64 [n] each: places in the flat array, positions, place of the token before
+    (from the unit's beginning), segment (0 is the prompt, or the one sequence)."""
+
+    places: np.ndarray
+    positions: np.ndarray
+    before: np.ndarray
+    segment: np.ndarray
+
+    @staticmethod
+    def of(members: Sequence[int], starts: np.ndarray, prompt: int) -> "_Unit":
+        if len(members) == 1:
+            n = int(starts[members[0] + 1] - starts[members[0]])
+            return _Unit(starts[members[0]] + np.arange(n), np.arange(n), np.maximum(np.arange(n) - 1, 0),
+                         np.zeros(n, dtype=np.int64))
+        tails = [np.arange(starts[i] + prompt, starts[i + 1]) for i in members]
+        lengths = [prompt, *map(len, tails)]
+        places = np.concatenate([starts[members[0]] + np.arange(prompt), *tails])
+        before = np.maximum(np.arange(len(places)) - 1, 0)
+        before[np.cumsum(lengths)[:-1]] = prompt - 1
+        return _Unit(places, np.concatenate([np.arange(prompt), *(prompt + np.arange(len(t)) for t in tails)]),
+                     before, np.repeat(np.arange(len(lengths)), lengths))
 
 
 def one_token_rows() -> PackedRows:

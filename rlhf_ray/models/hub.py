@@ -108,6 +108,13 @@ def one_row(cfg: ModelConfig) -> bool:
     return cfg.attn_implementation == "flash_attention_2"
 
 
+def shares_prompts(model: Any, cfg: ModelConfig) -> bool:
+    """Whether responses may share their prompt in a row: every layer's attention must take the mask for that."""
+    config = model.config.get_text_config()
+    return (cfg.attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
+            and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"})
+
+
 def save_model(
     model: Any, weights: Iterable[tuple[str, Tensor]], tokenizer: PreTrainedTokenizerBase, path: Path,
     dtype: str, **config: Any,

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlhf_ray.core.logprobs import predictors, token_logprobs
+from rlhf_ray.core.logprobs import token_logprobs
+from rlhf_ray.core.ragged import PackedRows
 
 
 class LogprobHead(nn.Module):
@@ -44,15 +45,15 @@ class CausalLM(nn.Module):
         self.model.lm_head = LogprobHead(model.get_output_embeddings().weight)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, wanted: Tensor, temperature: float, entropy_grad: bool = False
+        self, rows: PackedRows, wanted: Tensor, temperature: float, entropy_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """ids, positions int64 [R, L]; wanted bool [R, L] -> (log-probabilities, entropies) float32 [wanted.sum()].
+        """wanted bool [R, L] -> (log-probabilities, entropies) float32 [wanted.sum()].
 
         The entry of a token is log p(token | those before it in its sequence), logits divided by `temperature`.
         The first token of a sequence has nothing before it: its entry is meaningless, do not want it.
         """
         logprobs, entropies = self.model.lm_head(
-            predictors(_hidden_states(self.model, ids, positions))[wanted], ids[wanted], temperature, entropy_grad)
+            rows.before(_hidden_states(self.model, rows))[wanted], rows.ids[wanted], temperature, entropy_grad)
         return logprobs, entropies
 
 
@@ -68,17 +69,14 @@ class ScalarModel(nn.Module):
         self.model.score = ScalarHead(model.score.weight)
         self.shift = shift
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids, positions int64 [R, L] -> float32 [R, L]: the head's output after reading each token."""
-        scores: Tensor = self.model.score(_hidden_states(self.model, ids, positions))
+    def forward(self, rows: PackedRows) -> Tensor:
+        """float32 [R, L]: the head's output after reading each token. `rows.before` of it are values: entry t is what
+        was predicted before token t was chosen."""
+        scores: Tensor = self.model.score(_hidden_states(self.model, rows))
         return scores - self.shift
 
-    @staticmethod
-    def values(outputs: Tensor) -> Tensor:
-        """Outputs [R, L] to values [R, L]: entry t is what was predicted before token t was chosen."""
-        return predictors(outputs.unsqueeze(-1)).squeeze(-1)
 
-
-def _hidden_states(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
-    states: Tensor = model.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+def _hidden_states(model: Any, rows: PackedRows) -> Tensor:
+    states: Tensor = model.base_model(input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.visible(),
+                                      use_cache=False).last_hidden_state
     return states

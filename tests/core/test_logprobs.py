@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_ray.core import logprobs as module
-from rlhf_ray.core.logprobs import predictors, token_logprobs
+from rlhf_ray.core.logprobs import token_logprobs
 
 
 def inputs(tokens: int = 11, width: int = 6, vocabulary: int = 17):
@@ -148,10 +148,3 @@ def test_bad_arguments(temperature, chunk_size):
     hidden, weight, targets, _ = inputs()
     with pytest.raises(ValueError, match="must be positive"):
         token_logprobs(hidden, weight, targets, temperature, chunk_size=chunk_size)
-
-
-def test_predictors_shift_along_the_row():
-    """Entry t is the state after token t - 1; nothing comes before the first."""
-    hidden = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]], [[4.0, 40.0], [5.0, 50.0], [6.0, 60.0]]])
-    expected = torch.tensor([[[0.0, 0.0], [1.0, 10.0], [2.0, 20.0]], [[0.0, 0.0], [4.0, 40.0], [5.0, 50.0]]])
-    torch.testing.assert_close(predictors(hidden), expected)

@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.core.ragged import offsets, one_token_rows, pack, pad, plan_rows, take, unpad
+from rlhf_ray.core.ragged import (
+    PackedRows,
+    families,
+    first_true,
+    offsets,
+    one_token_rows,
+    pack,
+    pad,
+    plan_rows,
+    take,
+    unpad,
+)
 from rlhf_ray.core.types import RankedDataset, RolloutBatch
 
 FLAT = np.array([10, 11, 12, 20, 30, 31], dtype=np.int32)  # three sequences end to end
@@ -215,3 +226,96 @@ def test_responses_are_told_by_lengths_whatever_the_ids() -> None:
         False, False, True, True, True,
         False, False, True,
     ]
+
+
+# -- responses that share their prompt ---------------------------------------------------------------------------------
+
+TREE = np.array([7, 8, 1, 2, 7, 8, 3, 9, 4, 7, 8, 5], dtype=np.int32)  # 7 8 | 1 2, 7 8 | 3, 9 | 4, 7 8 | 5
+TREE_LENGTHS, TREE_PROMPTS = np.array([4, 3, 2, 3]), np.array([2, 2, 1, 2])
+
+
+def test_families_have_one_prompt_and_are_no_longer_than_the_limit() -> None:
+    """2 + 2 + 1 + 1 tokens, the prompt once; with 5 the last one begins another family."""
+    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, 6) == [[0, 1, 3], [2]]
+    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, 5) == [[0, 1], [2], [3]]
+    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, 1) == [[0], [1], [2], [3]]
+
+
+def test_who_has_no_prompt_or_no_response_is_alone() -> None:
+    assert families(TREE, TREE_LENGTHS, np.zeros(4, dtype=np.int64), 99) == [[0], [1], [2], [3]]
+    assert families(np.array([1, 2, 1, 2], dtype=np.int32), np.array([2, 2]), np.array([2, 2]), 99) == [[0], [1]]
+
+
+def test_a_shared_prompt_by_hand() -> None:
+    """7 8 1 2 3 5 | 9 4 in one row: what comes before 3 and 5 is the prompt's end, and each sees it and itself."""
+    (rows,) = pack(TREE, TREE_LENGTHS, 8, 8, prompts=TREE_PROMPTS)
+    assert rows.ids.tolist() == [[7, 8, 1, 2, 3, 5, 9, 4]]
+    assert rows.positions.tolist() == [[0, 1, 2, 3, 2, 2, 0, 1]]
+    assert rows.index.tolist() == [[0, 1, 2, 3, 6, 11, 7, 8]]
+    states = torch.tensor([[[10.0], [11.0], [12.0], [13.0], [14.0], [15.0], [16.0], [17.0]]])
+    assert rows.before(states)[0, [1, 2, 3, 4, 5, 7], 0].tolist() == [10, 11, 12, 11, 11, 16]  # not of first tokens
+    sees = {0: [0], 1: [0, 1], 2: [0, 1, 2], 3: [0, 1, 2, 3], 4: [0, 1, 4], 5: [0, 1, 5], 6: [6], 7: [6, 7]}
+    visible = rows.visible()
+    assert visible is not None and visible.shape == (1, 1, 8, 8)
+    assert {i: visible[0, 0, i].nonzero().flatten().tolist() for i in range(8)} == sees
+
+
+def test_empty_places_see_themselves_alone() -> None:
+    rows = pack(TREE, TREE_LENGTHS, 6, 12, prompts=TREE_PROMPTS)[0]
+    assert rows.ids.tolist() == [[7, 8, 1, 2, 3, 5], [9, 4, 0, 0, 0, 0]]
+    visible = rows.visible()
+    assert visible is not None
+    assert [visible[1, 0, i].nonzero().flatten().tolist() for i in range(2, 6)] == [[2], [3], [4], [5]]
+
+
+def test_without_a_shared_prompt_positions_say_it_all() -> None:
+    """As if prompts had not been named."""
+    prompts = TREE_PROMPTS.copy()
+    prompts[:2] = 4, 3  # these two have no response
+    (rows,), (plain,) = (pack(TREE, TREE_LENGTHS, 12, 12, prompts=p) for p in (prompts, None))
+    assert rows.links is None and rows.visible() is None
+    assert (rows.ids.tolist(), rows.positions.tolist()) == (plain.ids.tolist(), plain.positions.tolist())
+    states = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    two = PackedRows(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 3))
+    assert two.before(states).tolist() == [[0, 1, 2], [0, 4, 5]]
+
+
+def test_a_family_may_be_longer_than_a_row() -> None:
+    """Up to 256 tokens, if a micro-batch has as many: 2 + 40 x 3 for forty responses; else as many as fit."""
+    ids = np.array([7, 8, 1, 2, 3] * 40, dtype=np.int32)
+    lengths, prompts = np.full(40, 5), np.full(40, 2)
+    assert [tuple(rows.ids.shape) for rows in pack(ids, lengths, 5, 500, prompts=prompts)] == [(1, 122)]
+    assert [tuple(rows.ids.shape) for rows in pack(ids, lengths, 5, 32, prompts=prompts)] == [(1, 32)] * 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_response_token_once_and_every_token_knows_its_past(seed: int) -> None:
+    """Following `before` from a token to the first gives the sequence up to it; `visible` is the same set."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 5, size=n).tolist() for n in (1, 3, 3, 6)]
+    sequences = [prompts[k] + rng.integers(0, 9, size=rng.integers(0, 7)).tolist() for k in rng.integers(0, 4, size=20)]
+    lengths = np.array([len(s) for s in sequences])
+    known = np.array([next(len(p) for p in prompts if s[: len(p)] == p) for s in sequences])
+    flat = np.concatenate(sequences).astype(np.int32)
+    owner = np.repeat(np.arange(20), lengths)
+    seen: list[int] = []
+    for rows in pack(flat, lengths, 12, 40, prompts=known):
+        visible = rows.visible()
+        for r, place in rows.filled.nonzero().tolist():
+            at = int(rows.index[r, place])
+            past = flat[offsets(lengths)[owner[at]] : at + 1].tolist()
+            walk = [place]
+            while rows.positions[r, walk[-1]]:
+                walk.append(walk[-1] - 1 if rows.links is None else int(rows.links[0, r, walk[-1]]))
+            assert rows.ids[r, walk[::-1]].tolist() == past
+            if visible is not None:
+                assert visible[r, 0, place].nonzero().flatten().tolist() == walk[::-1]
+            seen.append(at)
+    in_response = np.arange(len(flat)) - offsets(lengths)[owner] >= known[owner]
+    assert sorted(set(seen)) == sorted(seen) and set(np.flatnonzero(in_response)) <= set(seen)
+
+
+def test_first_true_by_hand() -> None:
+    """0 0 1 | 1 | 0 0, which has none."""
+    assert first_true(np.array([0, 0, 1, 1, 0, 0], dtype=bool), np.array([3, 1, 2])).tolist() == [2, 0, 0]
+    assert first_true(np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64)).tolist() == []

@@ -65,7 +65,7 @@ def packed_logprobs(module: CausalLM, batches: list[PackedRows], temperature: fl
     logprobs, entropies = torch.zeros(len(ids)), torch.zeros(len(ids))
     for rows in batches:
         wanted = rows.pick(HAS_PREDICTOR, False)
-        some, entropy = module(rows.ids, rows.positions, wanted, temperature)
+        some, entropy = module(rows, wanted, temperature)
         logprobs = logprobs.index_put((rows.index[wanted],), some)
         entropies = entropies.index_put((rows.index[wanted],), entropy)
     return logprobs[HAS_PREDICTOR], entropies[HAS_PREDICTOR]
@@ -134,7 +134,7 @@ def test_a_neighbour_in_the_row_does_not_leak() -> None:
         for ids in (IDS, changed):
             (rows,) = pack(ids, LENGTHS, *ONE_ROW)
             assert rows.index[0, 0] == 0  # the longest sequence comes first: all others could see it
-            outputs = value_module(rows.ids, rows.positions)
+            outputs = value_module(rows)
             scores = torch.zeros(len(ids))
             scores[rows.index[rows.filled]] = outputs[rows.filled]
             numbers.append((packed_logprobs(module, [rows], 1.0, ids)[0], scores))
@@ -183,7 +183,7 @@ def test_the_score_is_that_of_the_last_real_token_however_it_is_padded() -> None
     (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
     with torch.no_grad():
         packed = torch.zeros(len(IDS))
-        packed[rows.index[rows.filled]] = module(rows.ids, rows.positions)[rows.filled]
+        packed[rows.index[rows.filled]] = module(rows)[rows.filled]
         for i, sequence in enumerate(sequences()):
             n = len(sequence)
             expected = head(model.model(input_ids=sequence[None]).last_hidden_state)[0, -1, 0]
@@ -191,7 +191,8 @@ def test_the_score_is_that_of_the_last_real_token_however_it_is_padded() -> None
             right[0, :n], left[0, -n:] = sequence, sequence
             right_at, left_at = torch.zeros_like(right), torch.zeros_like(left)
             right_at[0, :n] = left_at[0, -n:] = torch.arange(n)
-            for score in (packed[STARTS[i + 1] - 1], module(right, right_at)[0, n - 1], module(left, left_at)[0, -1]):
+            after, before = (module(PackedRows(ids, at, at)) for ids, at in ((right, right_at), (left, left_at)))
+            for score in (packed[STARTS[i + 1] - 1], after[0, n - 1], before[0, -1]):
                 torch.testing.assert_close(score, expected, atol=1e-5, rtol=0)
 
 
@@ -208,14 +209,10 @@ def test_the_shift_is_taken_off_every_score() -> None:
     model = scalar()
     (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
     with torch.no_grad():
-        raw, shifted = (ScalarModel(model, shift)(rows.ids, rows.positions) for shift in (0.0, 1.5))
+        raw, shifted = (ScalarModel(model, shift)(rows) for shift in (0.0, 1.5))
     assert raw.dtype == torch.float32
     assert raw.shape == rows.ids.shape
     torch.testing.assert_close(shifted, raw - 1.5)
-
-
-def test_a_value_is_what_was_predicted_before_the_token() -> None:
-    assert ScalarModel.values(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])).tolist() == [[0, 1, 2], [0, 4, 5]]
 
 
 def test_values_of_packed_rows_do_not_depend_on_the_token_they_are_for() -> None:
@@ -224,16 +221,58 @@ def test_values_of_packed_rows_do_not_depend_on_the_token_they_are_for() -> None
     (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
     with torch.no_grad():
         values = torch.zeros(len(IDS))
-        values[rows.index[rows.filled]] = module.values(module(rows.ids, rows.positions))[rows.filled]
+        values[rows.index[rows.filled]] = rows.before(module(rows))[rows.filled]
         for start, sequence in zip(STARTS, sequences(), strict=False):
             for t in range(1, len(sequence)):
-                alone = module(sequence[None, :t], torch.arange(t)[None])[0, -1]
+                (prefix,) = pack(sequence[:t].numpy(), np.array([t]), t, t)
+                alone = module(prefix)[0, -1]
                 torch.testing.assert_close(values[start + t], alone, atol=1e-5, rtol=0)
 
 
 def test_gradients_of_the_values_reach_head_and_body() -> None:
     module = ScalarModel(scalar())
     (rows,) = pack(IDS, LENGTHS, *ONE_ROW)
-    module(rows.ids, rows.positions)[rows.filled].square().sum().backward()
+    module(rows)[rows.filled].square().sum().backward()
     without = {name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()}
     assert not without
+
+
+# Three responses of 4, 1 and 6 tokens to a prompt of 5, between them one to another prompt, and that one alone.
+SHARED = [[1, 2, 3, 4, 5, 11, 12, 13, 14], [1, 2, 3, 9, 21, 22], [1, 2, 3, 4, 5, 15], [1, 2, 3, 9],
+          [1, 2, 3, 4, 5, 11, 12, 16, 17, 18, 19]]
+SHARED_IDS, SHARED_LENGTHS = np.concatenate(SHARED).astype(np.int32), np.array([len(s) for s in SHARED])
+PROMPTS = np.array([5, 4, 5, 4, 5])
+IN_RESPONSE = np.concatenate([np.arange(n) >= p for n, p in zip(SHARED_LENGTHS, PROMPTS, strict=True)])
+
+
+def shared(together: bool) -> list[PackedRows]:
+    return pack(SHARED_IDS, SHARED_LENGTHS, 32, 64, prompts=PROMPTS if together else None)
+
+
+def responses(outputs: list[torch.Tensor], batches: list[PackedRows]) -> torch.Tensor:
+    """What rectangles [R, L] say of response tokens, in flat order."""
+    flat = torch.zeros(len(SHARED_IDS))
+    for output, rows in zip(outputs, batches, strict=True):
+        flat = flat.index_put((rows.index[rows.filled],), output[rows.filled])
+    return flat[torch.as_tensor(IN_RESPONSE)]
+
+
+def test_responses_that_share_their_prompt_are_what_they_are_alone() -> None:
+    """26 tokens instead of 36: log-probabilities, entropies, scores, values, and the gradients of all parameters."""
+    assert [sum(int(rows.filled.sum()) for rows in shared(together)) for together in (True, False)] == [26, 36]
+    found = []
+    for together in (True, False):
+        batches, module, value_module = shared(together), CausalLM(llama()), ScalarModel(scalar())
+        wanted = [rows.pick(IN_RESPONSE, False) for rows in batches]
+        both = [module(rows, w, 0.7) for rows, w in zip(batches, wanted, strict=True)]
+        logprobs, entropies = (responses([torch.zeros(w.shape).masked_scatter(w, pair[k])
+                                          for pair, w in zip(both, wanted, strict=True)], batches) for k in (0, 1))
+        outputs = [value_module(rows) for rows in batches]
+        scores = responses(outputs, batches)
+        values = responses([rows.before(o) for o, rows in zip(outputs, batches, strict=True)], batches)
+        weights = torch.arange(1.0, len(logprobs) + 1)
+        ((logprobs * weights).sum() + (scores * weights).sum() + (values * weights).sum()).backward()
+        gradients = [p.grad for m in (module, value_module) for p in m.parameters()]
+        found.append([logprobs, entropies, scores, values, *gradients])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=2e-4)  # gradients are up to a hundred
