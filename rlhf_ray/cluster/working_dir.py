@@ -26,11 +26,11 @@ _QUIET.disabled = True
 def collect(
     root: Path, without: Collection[Path], named: Iterable[Path], others: Mapping[str, Path]
 ) -> dict[str, Path]:
-    """Name in the archive -> file: those of `root` that a job of Ray's own would get, those `named` in any case.
+    """Name in the archive -> file: those of `root` that a job of Ray's own would get, without secrets and runs; those
+    `named` in any case.
 
-    without: directories of the runs to come; those of runs that have begun are told by themselves. named: files and
-    directories below root. others: directories elsewhere, by the name that they get. Raises UserError naming the largest
-    entries if this is more than Ray takes.
+    without: directories of the runs to come. named: files and directories below root. others: directories elsewhere, by
+    the name that they get. Raises UserError naming the largest entries if this is more than Ray takes.
     """
     files: dict[str, Path] = {}
     sizes: Counter[str] = Counter()
