@@ -184,7 +184,7 @@ def test_jobs_of_a_sweep_wait_for_each_other(head, ppo, tmp_path):
 
 
 def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_path):
-    """Other mounts make other machines of this one: no rlhf_ray, no DeepSpeed, no shared directory, none to write to."""
+    """Other mounts make other machines of this one: no package, no DeepSpeed, no shared directory, none to write to."""
     overrides, out = ppo
     may = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
     if may.returncode:
