@@ -299,12 +299,16 @@ class Cast:
         """Wait until every actor answers; raises what the first failing one raised, or UserError if the node where
         one took another's place lacks something."""
         setups, self._setups = self._setups, []
+        failure = None
         try:
             wait(setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
-        finally:  # what a node lacks says more than that an actor died there
-            late = [seat for seat in self._visits if seat not in self._coming]
-            if problems := [problem for seat in late if (problem := self._lacks(seat, _GRACE_S))]:
-                raise UserError("\n".join(dict.fromkeys(problems)))
+        except Exception as error:
+            failure = error
+        late = [seat for seat in self._visits if seat not in self._coming]
+        if problems := [problem for seat in late if (problem := self._lacks(seat, _GRACE_S))]:
+            raise UserError("\n".join(dict.fromkeys(problems))) from failure  # says more than that an actor died there
+        if failure:
+            raise failure
         self.health.started(self._name(*seat) for seat in self._actors if seat not in self._coming)
         return [ActorInfo(group.role, *(info[k] for k in ("name", "actor_class", "node", "pid")))
                 for group in self.groups for info in group.call(Role.describe)]
