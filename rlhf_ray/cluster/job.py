@@ -21,6 +21,7 @@ from rlhf_ray.metrics.overview import Overview, RunFiles
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.wire import from_json, to_json
 
+UNDER_WAY = "under_way"  # the key of the stage's name
 OVERVIEW = "overview"  # the key of what `rlhf-ray watch` shows; the others are for people
 LOOK_S = 2.0  # how often it is looked whether a file has grown
 REPEAT_S = 10.0  # told again after so long, though none has: a stage may have begun
@@ -71,13 +72,14 @@ def _tell(job: str, files: RunFiles, stop: threading.Event) -> None:
 
 
 def words(overview: Overview) -> dict[str, str]:
-    """The entries of the metadata: `at`, unix seconds; `progress` and numbers of the stage that runs, else of the
-    one that ran last; OVERVIEW."""
+    """The entries of the metadata: `at`, unix seconds; UNDER_WAY, `progress` and numbers of the stage that runs, else
+    of the one that ran last; OVERVIEW."""
     found = {"at": str(int(time.time()))}
     begun = [stage for stage in overview.stages if stage.state == "running" or stage.age_s is not None]
     now = min(begun, key=lambda stage: (stage.state != "running", stage.age_s or 0.0), default=None)
     if now:
         total = overview.policy.total if overview.policy and now.name == "ppo" else None
+        found[UNDER_WAY] = now.name  # of a pipeline; `stage` is what was submitted
         found["progress"] = f"{now.name} {now.step}" + (f"/{total}" if total else "")
         for name, key in (("loss", "loss"), ("score", "score"), ("kl", "kl_per_sequence")):
             last = (now.series.get(key) or [None])[-1]
@@ -131,6 +133,8 @@ class Job:
         details = self._server.details(self.id)
         status, told = str(details.status.value), details.metadata or {}
         heard = f"job {self.id}: {status.lower()}"
+        if status == "RUNNING" and UNDER_WAY in told:
+            heard += f" {told[UNDER_WAY]}"
         if OVERVIEW not in told:
             return Overview(Path(told.get("run", "?")), None, [], None, f"{heard}, it has told nothing yet")
         try:

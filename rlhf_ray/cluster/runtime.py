@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 
 from rlhf_ray.cluster.job import told
@@ -83,14 +84,17 @@ def _connect(cluster: ClusterConfig, cfg: Config) -> None:
     )
 
 
-def nodes() -> list[NodeResources]:
-    """Every living node and what it offers in all."""
-    return [
-        NodeResources(
-            name=node["NodeManagerHostname"],
-            cpus=float(node["Resources"].get("CPU", 0)),
-            gpus=float(node["Resources"].get("GPU", 0)),
-        )
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
+def nodes() -> dict[str, NodeResources]:
+    """Every living node, by Ray's id, and what it offers in all."""
+    return {node["NodeID"]: _offer(node["NodeManagerHostname"], node["Resources"])
+            for node in ray.nodes() if node["Alive"]}
+
+
+def free() -> list[NodeResources]:
+    """The same nodes, and what of it nobody has now."""
+    left = available_resources_per_node()
+    return [_offer(node.name, left.get(node_id, {})) for node_id, node in nodes().items()]
+
+
+def _offer(name: str, resources: Mapping[str, float]) -> NodeResources:
+    return NodeResources(name, float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))

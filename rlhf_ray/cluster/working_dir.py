@@ -11,10 +11,12 @@ from zipfile import ZipFile
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
+from rlhf_ray.config.schema import STAGES
 from rlhf_ray.errors import UserError
 
-# Beside Ray's own: what runs make, and what tools keep. The rest is up to .gitignore and .rayignore.
-LEFT_OUT = ("/outputs", "/wandb", "*.egg-info", ".*_cache")
+# Beside Ray's own: what runs make, secrets, and what tools keep. The rest is up to .gitignore and .rayignore.
+SECRET = ".env*"
+LEFT_OUT = ("/outputs", "/wandb", SECRET, "*.egg-info", ".*_cache")
 MOST_BYTES = DASHBOARD_CLIENT_MAX_SIZE - 2**20  # in one request, with its own bytes and the archive's table
 MOST_FILES = 20_000
 _QUIET = logging.getLogger(f"{__name__}.quiet")
@@ -24,10 +26,11 @@ _QUIET.disabled = True
 def collect(
     root: Path, without: Collection[Path], named: Iterable[Path], others: Mapping[str, Path]
 ) -> dict[str, Path]:
-    """Name in the archive -> file: those of `root` that a job of Ray's own would get, those `named` in any case.
+    """Name in the archive -> file: those of `root` that a job of Ray's own would get, without secrets and runs; those
+    `named` in any case.
 
-    without: directories of runs. named: files and directories below root. others: directories elsewhere, by the name
-    that they get. Raises UserError naming the largest entries if this is more than Ray takes.
+    without: directories of the runs to come. named: files and directories below root. others: directories elsewhere, by
+    the name that they get. Raises UserError naming the largest entries if this is more than Ray takes.
     """
     files: dict[str, Path] = {}
     sizes: Counter[str] = Counter()
@@ -43,9 +46,11 @@ def collect(
     def below(directory: Path) -> Iterable[Path]:
         if not directory.is_dir():
             return [directory]
-        return (path for path in directory.rglob("*") if "__pycache__" not in path.parts)
+        return (path for path in directory.rglob("*")
+                if "__pycache__" not in path.parts and not path.match(SECRET))
 
-    excludes = [_get_excludes(root, [*get_runtime_env_default_excludes(), *LEFT_OUT]), without.__contains__]
+    excludes = [_get_excludes(root, [*get_runtime_env_default_excludes(), *LEFT_OUT]), without.__contains__,
+                lambda path: path != root and _is_run(path)]
     _dir_travel(root, excludes, lambda path: add(path, str(path.relative_to(root))), include_gitignore=True,
                 logger=_QUIET)
     for directory in named:
@@ -55,6 +60,11 @@ def collect(
         for path in below(directory):
             add(path, f"{name}/{path.relative_to(directory)}")
     return files
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run has begun in this directory, or was copied here."""
+    return (path / ".lock").is_file() or any((path / stage / "stage.json").is_file() for stage in STAGES)
 
 
 def write(files: Mapping[str, Path], archive: Path) -> None:

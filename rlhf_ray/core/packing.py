@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -181,20 +181,25 @@ def _fillings(room: _Room, sizes: Sequence[_Size], left: Sequence[int]) -> Itera
 
 
 def shortfall(layout: Layout, nodes: Sequence[NodeResources], strategy: str = "PACK") -> str | None:
-    """None if the bundles fit the nodes (see `pack`), else a message that sets demand beside supply.
-
-    By resource, by size of bundle and by node, and for each role how many of it find no room. Ends without a newline.
-    """
+    """None if the bundles fit the nodes (see `pack`), else a message that sets demand beside supply."""
     if pack(layout, nodes, strategy) is not None:
         return None
-    lines = ["the roles do not fit the cluster:"]
+    return "the roles do not fit the cluster:\n" + comparison(layout, nodes, strategy)
+
+
+def comparison(layout: Layout, nodes: Sequence[NodeResources], strategy: str = "PACK", supply: str = "offered") -> str:
+    """Demand beside supply: by resource, by size of bundle and by node, and for each role how many of it find no room.
+
+    supply: what the resources of the nodes are. Indented lines, without a newline at the end.
+    """
+    lines = []
     for name in ("cpus", "gpus"):
         wanted = [amount for bundle in layout.bundles if (amount := getattr(bundle, name))]
-        offered = {i: getattr(node, name) for i, node in enumerate(nodes)}
+        there = [getattr(node, name) for node in nodes]
         if not wanted:
             continue
         sizes = ", ".join(f"{times} x {size:g}" for size, times in sorted(Counter(wanted).items(), reverse=True))
-        lines.append(f"  {name}: {sum(wanted):g} wanted, {sum(offered.values()):g} offered; "
+        lines.append(f"  {name}: {sum(wanted):g} wanted, {sum(there):g} {supply}; "
                      f"in bundles of {sizes}; {_by_node(nodes, name)}")
     homes = _by_role(layout.bundles, [_Room.of(node, len(layout.bundles)) for node in nodes], False)
     groups = Counter((b.role, b.cpus, b.gpus) for b in layout.bundles)
@@ -206,6 +211,12 @@ def shortfall(layout: Layout, nodes: Sequence[NodeResources], strategy: str = "P
         lines.append(f"  cluster.strategy={strategy} wants {wants} {len(layout.bundles)} bundles: use "
                      f"{strategy.removeprefix('STRICT_')}")
     return "\n".join(lines)
+
+
+def hosts(layout: Layout, nodes: Mapping[str, NodeResources]) -> set[str]:
+    """Which of the nodes may be given any of the bundles, if nothing else were there."""
+    sizes = {_Size.of(bundle) for bundle in layout.bundles}
+    return {name for name, node in nodes.items() if any(_Room.of(node, 1).holds(size) for size in sizes)}
 
 
 def _by_node(nodes: Sequence[NodeResources], resource: str) -> str:

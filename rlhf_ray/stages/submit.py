@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,9 +73,7 @@ def submit(words: Sequence[str], config_dirs: Sequence[str], address: str | None
         if files:
             size = archive.stat().st_size / 2**20
             console.print(f"{len(files)} files of {root} go along, {size:.1f} MiB", markup=False)
-        for job in jobs:
-            server.submit(job.id, entrypoint(job, list(others)), metadata(job), archive if files else None)
-            console.print(f"job {job.id} on {server_address}\n  output_dir={job.cfg.output_dir}", markup=False)
+        send(server, jobs, list(others), archive if files else None)
     if not wait:
         console.print(how_to(server_address, jobs), markup=False)
         return 0
@@ -156,6 +154,41 @@ def check_room(server: JobServer, jobs: Sequence[Job]) -> None:
             if missing and not cluster.autoscaling:
                 raise UserError(f"{name}: {missing}\n  lower roles.*.replicas, ranks, cpus or gpus, add nodes, or set "
                                 "cluster.autoscaling=true if they come when asked for")
+
+
+def send(server: JobServer, jobs: Sequence[Job], config_dirs: Sequence[str], archive: Path | None) -> None:
+    """Start every job. archive: what goes along.
+
+    If one cannot be sent, those before it are stopped, for nobody would follow them. Raises UserError, one line.
+    """
+    sent = list[Job]()
+    try:
+        for job in jobs:
+            server.submit(job.id, entrypoint(job, config_dirs), metadata(job), archive)
+            console.print(f"job {job.id} on {server.address}\n  output_dir={job.cfg.output_dir}", markup=False)
+            sent.append(job)
+    except BaseException as error:  # Ctrl-C, too
+        with suppress(UserError, IndexError):
+            server.stop(jobs[len(sent)].id)  # it may have been taken, and the answer lost
+        said = take_back(server, sent)
+        if isinstance(error, UserError):
+            raise UserError(f"{error}{said and '; '}{said}") from error
+        console.print(said, markup=False)
+        raise
+
+
+def take_back(server: JobServer, sent: Sequence[Job]) -> str:
+    """Stop jobs; says what became of them, in one line."""
+    left = []
+    for job in sent:
+        try:
+            server.stop(job.id)
+        except UserError:
+            left.append(job.id)
+    if left:
+        return (f"these, sent before it, go on: {', '.join(left)}; stop each with `RAY_AUTH_MODE=token ray job stop "
+                f"--address {server.address} JOB`")
+    return f"the {len(sent)} sent before it will stop" if sent else ""
 
 
 def entrypoint(job: Job, config_dirs: Sequence[str]) -> str:

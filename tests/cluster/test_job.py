@@ -113,12 +113,13 @@ def test_what_goes_wrong_is_said_once_and_the_run_goes_on(tmp_path: Path, store:
 
 def test_the_words_are_of_the_stage_that_runs(tmp_path: Path) -> None:
     found = words(RunFiles(running(tmp_path)).read(NOW))
-    assert {k: found[k] for k in ("progress", "score", "kl")} == {"progress": "ppo 12/40", "score": "1.2", "kl": "3"}
+    assert {k: found[k] for k in ("under_way", "progress", "score", "kl")} == {
+        "under_way": "ppo", "progress": "ppo 12/40", "score": "1.2", "kl": "3"}
     (tmp_path / "sft/stage.json").unlink()  # it is being done again
     (tmp_path / "ppo/config.yaml").unlink()
     os.utime(tmp_path / "sft/config.yaml", (NOW, NOW))
     found = words(RunFiles(tmp_path).read(NOW))
-    assert (found["progress"], found["loss"]) == ("sft 10", "4")
+    assert (found["under_way"], found["progress"], found["loss"]) == ("sft", "sft 10", "4")
 
 
 def test_if_none_runs_any_more_they_are_of_the_last_that_did(tmp_path: Path) -> None:
@@ -134,7 +135,8 @@ def test_if_none_runs_any_more_they_are_of_the_last_that_did(tmp_path: Path) -> 
 def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Any]:
     """A job that is watched, and what the job API says of it."""
     overview = to_json(RunFiles(running(tmp_path)).read(NOW))
-    api = SimpleNamespace(status=JobStatus.RUNNING, metadata={"at": str(int(NOW) - 3), OVERVIEW: overview, "run": "a"})
+    api = SimpleNamespace(status=JobStatus.RUNNING, metadata={
+        "at": str(int(NOW) - 3), OVERVIEW: overview, "run": "a", "stage": "pipeline", "under_way": "ppo"})
 
     def details(server: JobServer, job: str) -> Any:
         if api.status is None:
@@ -148,7 +150,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Any]:
 
 def test_a_running_job_is_as_it_told(watched: tuple[Job, Any], tmp_path: Path) -> None:
     seen = watched[0].read(NOW)
-    assert seen.heard == "job mine: running, told 3 s ago"
+    assert seen.heard == "job mine: running ppo, told 3 s ago"
     assert to_json(replace(seen, heard="")) == to_json(RunFiles(tmp_path).read(NOW))
 
 

@@ -16,26 +16,35 @@ def tree(root: Path, *names: str, size: int = 1) -> None:
         (root / name).write_bytes(b"x" * size)
 
 
-def test_what_git_ignores_and_what_runs_make_stays_here(tmp_path: Path) -> None:
-    tree(tmp_path, "rewards.py", "words/good.txt", "words/bad.txt", "data/demos.jsonl", ".env", "outputs/a/model",
-         "runs/b/model", "runs/c/model", "wandb/run/log", ".venv/bin/python", ".git/HEAD", "__pycache__/rewards.pyc",
+def test_what_git_ignores_what_runs_make_and_secrets_stay_here(tmp_path: Path) -> None:
+    tree(tmp_path, "rewards.py", "words/good.txt", "words/bad.txt", "data/demos.jsonl", ".env", "words/.env.local",
+         "outputs/a/model", "wandb/run/log", ".venv/bin/python", ".git/HEAD", "__pycache__/rewards.pyc",
          ".mypy_cache/x", "lib/outputs/kept.txt")
     (tmp_path / ".gitignore").write_text("data/\n")
     (tmp_path / "words" / ".rayignore").write_text("bad.txt\n")
-    found = collect(tmp_path, [tmp_path / "runs/b"], [], {})
-    assert sorted(found) == [".env", ".gitignore", "lib/outputs/kept.txt", "rewards.py", "runs/c/model",
-                             "words/.rayignore", "words/good.txt"]
+    found = collect(tmp_path, [], [], {})
+    assert sorted(found) == [".gitignore", "lib/outputs/kept.txt", "rewards.py", "words/.rayignore", "words/good.txt"]
+
+
+def test_runs_stay_here_wherever_they_are(tmp_path: Path) -> None:
+    """One to come, one under way, one that was copied without its dot files. Others' files may be called alike."""
+    tree(tmp_path, "runs/next/notes.txt", "runs/now/.lock", "runs/now/sft/config.yaml", "runs/now/split.json",
+         "runs/old/sft/stage.json", "runs/old/sft/model/model.safetensors", "runs/notes.txt", "theatre/stage.json",
+         "poetry.lock")
+    assert sorted(collect(tmp_path, [tmp_path / "runs/next"], [], {})) == ["poetry.lock", "runs/notes.txt",
+                                                                         "theatre/stage.json"]
+    assert sorted(collect(tmp_path / "runs/old", [], [], {})) == ["sft/model/model.safetensors", "sft/stage.json"]
 
 
 def test_what_is_named_goes_along_in_any_case(tmp_path: Path) -> None:
     root, conf = tmp_path / "root", tmp_path / "conf"
-    tree(root, "a.py", "data/demos.jsonl", "data/other.jsonl", "outputs/old/model/config.json", "outputs/old/log")
-    tree(conf, "experiment/mine.yaml", "__pycache__/x.pyc")
+    tree(root, "a.py", "data/demos.jsonl", "data/other.jsonl", "runs/old/.lock", "runs/old/sft/model/config.json")
+    tree(conf, "experiment/mine.yaml", "__pycache__/x.pyc", ".env")
     (root / ".gitignore").write_text("data\n")
-    named = [root / "data/demos.jsonl", root / "outputs/old/model", root / "a.py"]
+    named = [root / "data/demos.jsonl", root / "runs/old/sft/model", root / "a.py"]
     found = collect(root, [], named, {"config-dir-0": conf})
     assert sorted(found) == [".gitignore", "a.py", "config-dir-0/experiment/mine.yaml", "data/demos.jsonl",
-                             "outputs/old/model/config.json"]
+                             "runs/old/sft/model/config.json"]
     assert found["config-dir-0/experiment/mine.yaml"] == conf / "experiment/mine.yaml"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.core import packing
 from rlhf_ray.core.layout import Bundle, RoleRequest, plan_layout
-from rlhf_ray.core.packing import NodeResources, pack, shortfall
+from rlhf_ray.core.packing import NodeResources, comparison, hosts, pack, shortfall
 
 R, N = RoleRequest, NodeResources
 FITS = [
@@ -126,3 +126,20 @@ def test_many_nodes_are_counted():
         "  gpus: 16 wanted, 128 offered; in bundles of 2 x 8; 30 nodes 4 each, last 8\n"
         "  no room for 1 of 2 generator: 0 cpus, 8 gpus each on one node"
     )
+
+
+def test_demand_beside_what_is_free_now():
+    """Policy 0 finds room on n, where others left 2 of the CPUs."""
+    layout = plan_layout({"policy": R(2, 2)}, "separate")
+    assert comparison(layout, [N("n", 2), N("m", 0)], supply="free") == (
+        "  cpus: 4 wanted, 2 free; in bundles of 2 x 2; n 2, m 0\n"
+        "  no room for 1 of 2 policy: 2 cpus, 0 gpus each on one node"
+    )
+
+
+def test_a_host_has_room_for_a_bundle_by_itself():
+    """Whatever the others need: Ray may put any bundle there."""
+    layout = plan_layout({"policy": R(8, 2), "generator": R(1, 1, 1)}, "separate")
+    nodes = {"head": N("h", 0), "small": N("s", 1), "cpu": N("c", 2), "gpu": N("g", 1, 1)}
+    assert hosts(layout, nodes) == {"cpu", "gpu"}
+    assert hosts(plan_layout({}, "separate"), nodes) == set()

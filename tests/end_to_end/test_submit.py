@@ -172,8 +172,19 @@ def test_a_job_that_is_stopped_saves_leaves_nothing_and_goes_on(head, ppo, tmp_p
     assert [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()] == [*range(1, saved + 3)]
 
 
+def test_jobs_of_a_sweep_wait_for_each_other(head, ppo, tmp_path):
+    """Each takes all of the head's slots."""
+    done = head.submit("-m", "sft", *ppo[0], "seed=1,2", "roles.supervised.ranks=1", "roles.supervised.cpus=8",
+                       "output_dir=runs", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for variant in ("seed=1", "seed=2"):
+        assert f"{variant}: succeeded" in done.stdout
+        assert (tmp_path / "runs" / variant / "sft/stage.json").is_file()
+    assert_nothing_is_left(head)
+
+
 def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_path):
-    """Other mounts make other machines of this one: no package, no shared directory, none to write to."""
+    """Other mounts make other machines of this one: no package, no DeepSpeed, no shared directory, none to write to."""
     overrides, out = ppo
     may = subprocess.run(["unshare", "-m", "true"], capture_output=True, text=True, check=False)
     if may.returncode:
@@ -181,21 +192,23 @@ def test_nodes_that_lack_something_are_named_and_nothing_is_left(head, ppo, tmp_
     installed = subprocess.run([sys.executable, "-c", "import rlhf_ray; print(rlhf_ray.__path__[0])"], cwd="/",
                                env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True, check=True)
     packages = " ".join({str(ROOT / "rlhf_ray"), installed.stdout.strip()})  # from both it can be imported here
+    deepspeed, = Path(sys.prefix).glob("lib/python*/site-packages/deepspeed-*.dist-info")
     nodes: list[subprocess.Popen[bytes]] = []
     try:
         for before in (f"for package in {packages}; do mount -t tmpfs tmpfs $package; done",
-                       f"mount -t tmpfs tmpfs {out}", f"mount --bind {out} {out} && mount -o remount,ro,bind {out}"):
+                       f"mount -t tmpfs tmpfs {deepspeed}", f"mount -t tmpfs tmpfs {out}",
+                       f"mount --bind {out} {out} && mount -o remount,ro,bind {out}"):
             nodes.append(head.start_node(before))
             # One after the other: nodes that start at once on one machine are in each other's way.
             wait_for(lambda: sum(node.state == "ALIVE" for node in list_nodes(head.address)) == len(nodes) + 1, 60)
-        done = head.submit("sft", *overrides, "roles.supervised.ranks=4", "cluster.strategy=STRICT_SPREAD", cwd=out)
+        done = head.submit("sft", *overrides, "roles.supervised.ranks=5", "cluster.strategy=STRICT_SPREAD", cwd=out)
     finally:
         for node in nodes:
             node.terminate()
         for node in nodes:
             node.wait(30)
     assert done.returncode == 2, done.stdout[-3000:]
-    for says in ("has no rlhf_ray: install it there",
+    for says in ("has no rlhf_ray: install it there", "has other packages than the driver: no deepspeed (",
                  "does not share output_dir", "cannot write to output_dir, "):
         lines = [line for line in done.stdout.splitlines() if says in line]
         assert len(lines) == 1 and lines[0].startswith("rlhf-ray: error: node "), done.stdout

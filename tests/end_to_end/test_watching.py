@@ -62,7 +62,7 @@ def test_a_job_is_watched_from_elsewhere(head: Head, ppo: tuple[list[str], Path]
     # What is shown is what the files show.
     assert f"job {job}: " in first
     assert live.returncode == 0, live.stderr
-    assert re.search(rf"job {job}: running, told \d+ s ago", live.stdout)
+    assert re.search(rf"job {job}: running ppo, told \d+ s ago", live.stdout)
     assert re.search(rf"ppo  iteration \d+ of {ITERATIONS}, .* left", live.stdout)
     after, here = output(head, *watch).stdout, output(head, RLHF_RAY, "watch", str(run)).stdout
     assert after.splitlines()[1].startswith(f"job {job}: succeeded")

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.schema import STAGES, Config
+from rlhf_ray.core.packing import NodeResources
+from rlhf_ray.stages import pipeline
 from rlhf_ray.stages.common import DEPENDS, fingerprints
-from rlhf_ray.stages.pipeline import done_stages
+from rlhf_ray.stages.pipeline import done_stages, look_ahead
 
 
 def config() -> Config:
@@ -164,3 +166,22 @@ def test_every_stage_depends_on_the_configuration_of_its_own_name() -> None:
     assert set(DEPENDS) == set(STAGES)
     for name, sections in DEPENDS.items():
         assert {"seed", "model", "data", name} <= set(sections)
+
+
+def test_every_node_that_any_stage_may_use_is_looked_at_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """sft needs CPUs, ppo a GPU too; the head has neither."""
+    looked: list[tuple[set[str], Path]] = []
+    monkeypatch.setattr(pipeline, "nodes", lambda: {
+        "head": NodeResources("h", 0), "cpu": NodeResources("c", 4), "gpu": NodeResources("g", 0.5, 1)})
+    monkeypatch.setattr(pipeline, "check_nodes", lambda nodes, directory, timeout_s: looked.append((nodes, directory)))
+    cfg = Config(output_dir=str(tmp_path))
+    cfg.roles.generator.cpus, cfg.roles.generator.gpus = 0.5, 1.0
+    cfg.data.source = "files"  # so there is no judge, which would fit anywhere
+    look_ahead(cfg, ["sft", "ppo"])
+    assert not looked  # a Ray of its own
+    cfg.cluster.address = "10.0.0.1:6379"
+    look_ahead(cfg, ["sft", "ppo"])
+    look_ahead(cfg, ["sft"])
+    assert looked == [({"cpu", "gpu"}, tmp_path), ({"cpu"}, tmp_path)]

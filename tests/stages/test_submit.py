@@ -15,7 +15,7 @@ from rlhf_ray.config.load import compose
 from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
 from rlhf_ray.stages import submit as module
-from rlhf_ray.stages.submit import Job, check_room, entrypoint, follow_all, follow_one, metadata, plan, travellers
+from rlhf_ray.stages.submit import Job, check_room, entrypoint, follow_all, follow_one, metadata, plan, send, travellers
 
 
 @pytest.fixture
@@ -131,6 +131,60 @@ def test_roles_that_do_not_fit_are_refused_stage_by_stage(here: Path) -> None:
     with pytest.raises(UserError, match=r"ppo: the roles do not fit the cluster:\n  cpus: .* wanted, 4 offered"):
         check_room(small, jobs)  # type: ignore[arg-type]
     check_room(small, jobs_of(here, "pipeline", "cluster.autoscaling=true"))  # type: ignore[arg-type]
+
+
+class Full(Cluster):
+    """Takes two jobs; what comes then is an error. deaf: jobs that it cannot stop."""
+
+    def __init__(self, error: BaseException, deaf: Sequence[str] = ()) -> None:
+        super().__init__()
+        self._error, self._deaf, self.taken = error, deaf, list[str]()
+
+    def submit(self, job: str, entrypoint: str, metadata: dict[str, str], archive: Path | None) -> None:
+        if len(self.taken) == 2:
+            raise self._error
+        self.taken.append(job)
+
+    def stop(self, job: str) -> None:
+        if job in self._deaf:
+            raise UserError("cannot")
+        super().stop(job)
+
+
+def three() -> list[Job]:
+    return [Job("sft", f"seed={k}", (), compose([]), f"job-{k}") for k in (1, 2, 3)]
+
+
+def test_if_one_of_several_cannot_be_sent_those_before_it_are_stopped() -> None:
+    """And itself, for what was lost may have been the answer."""
+    cluster = Full(UserError("http://a:1: the cluster did not take job job-3: it is full"))
+    with pytest.raises(UserError) as told:
+        send(cluster, three(), [], None)  # type: ignore[arg-type]
+    assert cluster.taken == ["job-1", "job-2"] and sorted(cluster.stopped) == ["job-1", "job-2", "job-3"]
+    assert str(told.value) == ("http://a:1: the cluster did not take job job-3: it is full; the 2 sent before it will "
+                               "stop")
+
+
+def test_those_that_cannot_be_stopped_are_named() -> None:
+    with pytest.raises(UserError) as told:
+        send(Full(UserError("gone"), deaf=["job-2", "job-3"]), three(), [], None)  # type: ignore[arg-type]
+    assert str(told.value) == ("gone; these, sent before it, go on: job-2; stop each with `RAY_AUTH_MODE=token ray job "
+                               "stop --address http://a:1 JOB`")
+
+
+def test_one_that_cannot_be_sent_says_why_and_no_more() -> None:
+    cluster = Full(UserError("full"))
+    cluster.taken += ["another's"] * 2
+    with pytest.raises(UserError, match=r"^full$"):
+        send(cluster, three()[:1], [], None)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_while_jobs_are_sent_takes_them_back(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = Full(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        send(cluster, three(), [], None)  # type: ignore[arg-type]
+    assert {"job-1", "job-2"} <= set(cluster.stopped)
+    assert "the 2 sent before it will stop" in capsys.readouterr().out
 
 
 # --- while it runs ---
