@@ -1,6 +1,8 @@
 """A stage whose actors are not there: what is asked of them is noted, in order."""
 
-from collections.abc import Callable
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from ray.exceptions import ActorDiedError
 from rlhf_ray.cluster.group import Group
 from rlhf_ray.cluster.health import Member
 from rlhf_ray.config.schema import CheckpointConfig
+from rlhf_ray.models.shards import SavedFile, shard_name
 from rlhf_ray.train import recovery
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.recovery import Recovery, Saver
@@ -27,20 +30,20 @@ class Actor:
     def __getattr__(self, method: str) -> Any:
         def remote(*args: str) -> Call:
             self.script.notes.append(" ".join([method, self.name, *(Path(x).name for x in args)]))
-            return lambda: self.script.answer(method)
+            return lambda: self.script.answer(method, self.name, *args)
 
         return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
 
 
 class Script:
     """A policy of two ranks, a critic of one, a reward model. notes: what happened. losses: who is gone at each
-    look. errors: what the next calls of that name raise."""
+    look. errors: what the next calls of that name raise. written: whether what is written is on the disk."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, attempts: int = 2):
-        self.slow = False  # whether calls are still under way
-        monkeypatch.setattr(recovery, "wait", lambda calls, timeout_s, what: [call() for call in calls])
-        monkeypatch.setattr(recovery, "ray", SimpleNamespace(
-            wait=lambda calls, **_: ([], calls) if self.slow else (calls, [])))
+        self.written = threading.Event()
+        self.written.set()
+        self.silent: list[str] = []  # ranks that write nothing
+        monkeypatch.setattr(recovery, "wait", self.wait)
         self.notes: list[str] = []
         self.losses: list[list[str]] = []
         self.waiting: list[str] = []  # living learners who do not hear of a loss in their group
@@ -54,10 +57,19 @@ class Script:
         self.recovery = Recovery(cast, self.learners, self.saver, attempts, lambda: self.notes.append("connect"),
                                  self.roll_back)
 
-    def answer(self, what: str) -> list[Any]:
+    def wait(self, calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
+        assert "writing" not in what or self.written.wait(10)
+        return [call() for call in calls]
+
+    def answer(self, what: str, name: str = "", directory: str = "") -> list[Any]:
         if self.errors.get(what):
             raise self.errors[what].pop(0)
-        return []
+        if what != "write" or name in self.silent:
+            return []
+        role, rank = name.split("-")
+        file = Path(directory) / shard_name(role, int(rank), len(self.arguments[role]))
+        file.touch()
+        return [SavedFile(file.name, 0, hashlib.sha256().hexdigest())]
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         self.notes.append(f"roll back to {checkpoint.step if checkpoint else 'the start'}")
