@@ -38,7 +38,7 @@ def test_a_snapshot_is_written_where_it_was_meant_for_and_nowhere_else(tmp_path:
     rank.snapshot(str(first))
     rank.snapshot(str(second))
     with ThreadPoolExecutor(1) as thread:
-        with pytest.raises(RuntimeError, match="no copy for .*first"):
+        with pytest.raises(RuntimeError, match=r"no copy for .*first"):
             thread.submit(rank.write, str(first)).result()
         assert [file.name for file in thread.submit(rank.write, str(second)).result()] == [NAME]
 
