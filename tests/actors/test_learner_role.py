@@ -55,7 +55,7 @@ def test_a_copy_made_while_another_is_written_stays(tmp_path: Path, monkeypatch:
         assert all(thread.submit(rank.write, str(directory)).result() for directory in directories)
 
 
-def test_where_no_thread_may_be_idle_it_is_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_thread_may_be_idle_it_is_written_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some containers forbid the system call."""
     def refused(*_: object) -> None:
         raise PermissionError("Operation not permitted")

@@ -10,6 +10,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.train import recovery
 from train.fakes import Script
 
+
 def asked(what: str, step: int) -> list[str]:
     return [f"{what} {name} .step-0000000{step}.tmp" for name in ("policy-0", "policy-1", "critic-0")]
 
@@ -68,7 +69,7 @@ def test_without_a_file_of_every_rank_it_is_no_checkpoint(script: Script) -> Non
     """All that is there was announced, and yet a rank could never be restored from it."""
     script.silent = ["policy-1"]
     script.saver.save(1, {}, {})
-    with pytest.raises(RuntimeError, match="checkpoint 1 lacks policy-00001-of-00002.safetensors"):
+    with pytest.raises(RuntimeError, match=r"checkpoint 1 lacks policy-00001-of-00002\.safetensors"):
         script.saver.finish()
     assert list(script.checkpoints.directory.iterdir()) == []
 
