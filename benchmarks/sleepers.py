@@ -52,6 +52,15 @@ class Ready:
     seen: Any
 
 
+@dataclass(frozen=True)
+class Written:
+    """As rlhf_ray.models.shards.SavedFile, which imports torch. sha256: of nothing."""
+
+    name: str
+    bytes: int = 0
+    sha256: str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
 class SleepingGenerator(Role):
     def setup(self, pace: Pace, shard_size: int) -> None:
         self.pace, self.shard_size = pace, shard_size
@@ -100,8 +109,9 @@ class SleepingScorer(Role):
 class SleepingLearner(Role):
     """Policy, or critic, without collectives: ranks do not wait for each other."""
 
-    def setup(self, pace: Pace, policy: bool) -> None:
-        self.pace, self.policy = pace, policy
+    def setup(self, pace: Pace, role: str, file: str) -> None:
+        """file: of a checkpoint, that this rank writes."""
+        self.pace, self.role, self.file = pace, role, file
 
     def score(self, shards: Sequence[Any]) -> list[Scored]:
         rollouts: list[RolloutBatch] = ray.get(list(shards))
@@ -124,7 +134,7 @@ class SleepingLearner(Role):
     def update(self, batches: Sequence[Any], *_: Any) -> dict[str, float]:
         ray.get(list(batches))
         time.sleep(self.pace.update_s)
-        return {"policy_grad_norm" if self.policy else "critic_grad_norm": 1.0}
+        return {f"{self.role}_grad_norm": 1.0}
 
     def connect(self, *_: Any) -> None:
         pass
@@ -132,11 +142,12 @@ class SleepingLearner(Role):
     def push(self, version: int) -> None:
         time.sleep(self.pace.sync_s)
 
-    def snapshot(self) -> None:
+    def snapshot(self, directory: str) -> None:
         pass
 
     def write(self, directory: str) -> list[Any]:
-        return []
+        (Path(directory) / self.file).touch()
+        return [Written(self.file)]
 
 
 @contextmanager
@@ -147,6 +158,7 @@ def trainer(pace: Pace, directory: Path, *overrides: str) -> Iterator[Any]:
     from rlhf_ray.config.load import compose
     from rlhf_ray.data.prompts import PromptStream
     from rlhf_ray.metrics.recorder import Recorder
+    from rlhf_ray.models.shards import shard_name
     from rlhf_ray.train import roles
     from rlhf_ray.train.checkpoint import Checkpoints
     from rlhf_ray.train.fleet import Fleet
@@ -161,8 +173,9 @@ def trainer(pace: Pace, directory: Path, *overrides: str) -> Iterator[Any]:
     with session(cfg), Cast(roles.layout_of(cfg, list(kinds)), cfg.cluster, directory) as cast:
         generators = cast.start(SleepingGenerator, "generator", [(pace, r.generator.shard_size)] * r.generator.replicas,
                                 1)
-        policy = cast.start(SleepingLearner, "policy", [(pace, True)] * r.policy.ranks, 1)
-        critic = cast.start(SleepingLearner, "critic", [(pace, False)] * r.critic.ranks, 1)
+        policy, critic = (
+            cast.start(SleepingLearner, role, [(pace, role, shard_name(role, i, ranks)) for i in range(ranks)], 1)
+            for role, ranks in (("policy", r.policy.ranks), ("critic", r.critic.ranks)))
         reward = cast.start(SleepingScorer, "reward", [(pace,)] * r.reward.replicas, 1)
         reference = cast.start(SleepingScorer, "reference", [(pace,)] * r.reference.replicas, 1)
         workers = RolloutWorkers(generators, [reward], reference, None, Turns(generators, policy, False), 1.0,

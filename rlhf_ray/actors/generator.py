@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.random import SeedSequence
+from ray.exceptions import TaskCancelledError
 
 from rlhf_ray.cluster.group import wait
 from rlhf_ray.cluster.role import Role
@@ -85,7 +87,7 @@ class Generator(Role):
 
     def _sample(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> Iterator[Response]:
         return self.engine.sample([Request(self._prompt(s.prompt_index), s.seed) for s in samples], temperature,
-                                  max_tokens)
+                                  max_tokens, _unless_cancelled)
 
     def _prompt(self, i: int) -> list[int]:
         return self.prompts.ids[self.starts[i] : self.starts[i + 1]].tolist()
@@ -139,20 +141,30 @@ class Generator(Role):
         return self.engine.version, digests
 
 
+def _unless_cancelled() -> None:
+    """Whoever asked may have cancelled the call: Ray leaves it to a call that has begun to see that."""
+    if ray.get_runtime_context().is_canceled():
+        raise TaskCancelledError
+
+
 class RayEngines:
     """All generators as the weight sender sees them (`engines.weight_sync.Engines`)."""
 
     def __init__(self, generators: Sequence[Any], workers_each: int, timeout_s: float):
-        self._generators, self._each, self._timeout_s = list(generators), workers_each, timeout_s
+        # Before the deadline of whoever waits for the learners, so that it is the generator that is found to be late.
+        self._generators, self._each, self._timeout_s = list(generators), workers_each, 0.9 * timeout_s
+        self._until = 0.0
         self.workers = len(self._generators) * workers_each
 
     def worker_counts(self) -> list[int]:
         return [self._each] * len(self._generators)
 
     def init(self, payloads: list[dict[str, Any]]) -> None:
+        self._begin()
         self._wait([g.init_weight_transfer.remote(p) for g, p in zip(self._generators, payloads, strict=True)])
 
     def start(self) -> None:
+        self._begin()
         self._wait([g.start_weight_update.remote() for g in self._generators])
 
     def update(self, payload: Any) -> None:
@@ -166,6 +178,10 @@ class RayEngines:
             raise RuntimeError(f"after the sync to version {version}, digest {digest}: {'; '.join(wrong)}. The weights "
                                "did not arrive as they were sent: check the wire between learners and generators")
 
+    def _begin(self) -> None:
+        """Connecting, or a sync, from here on: all its calls together have one deadline."""
+        self._until = time.monotonic() + self._timeout_s
+
     def _wait(self, refs: list[Any]) -> list[Any]:
-        # Before the deadline of whoever waits for the learners, so that it is the generator that is found to be late.
-        return wait(refs, 0.9 * self._timeout_s, "weight sync: a generator")
+        return wait(refs, max(0.0, self._until - time.monotonic()),
+                    f"weight sync, {self._timeout_s:.0f} s for all of it: a generator")

@@ -22,19 +22,20 @@ class LearnerRole(Role):
 
     role: ClassVar[str]
     learner: Learner
-    copied: list[tuple[str, dict[str, Tensor], dict[str, Any]]]  # files of the snapshot: name, tensors, header
+    copied: tuple[str, list[tuple[str, dict[str, Tensor], dict[str, Any]]]] = "", []
+    """The snapshot that is still to be written: in which directory, and its files (name, tensors, header)."""
 
     def leave(self) -> None:
         """Let go of an earlier life."""
         if "learner" in self.__dict__:
             self.__dict__.pop("learner").close()
 
-    def snapshot(self) -> None:
-        """Copy the state to host memory, for `write`; training may go on at once."""
-        self.copied = []  # one copy at a time
+    def snapshot(self, directory: str) -> None:
+        """Copy the state to host memory, for `write` into that directory; training may go on at once."""
+        self.copied = "", []  # one copy at a time
         tensors, header = self.learner.state()
-        self.copied = [
-            (shard_name(self.role, self.learner.rank, self.learner.world_size), tensors, header), *self.more()]
+        name = shard_name(self.role, self.learner.rank, self.learner.world_size)
+        self.copied = directory, [(name, tensors, header), *self.more()]
 
     def more(self) -> list[tuple[str, dict[str, Tensor], dict[str, Any]]]:
         """Further files of this rank: (name, tensors, header)."""
@@ -43,7 +44,11 @@ class LearnerRole(Role):
     def write(self, directory: str) -> list[SavedFile]:
         """Write the snapshot; runs beside whatever else the learner does (concurrency group `io`)."""
         # This thread only: it runs where a core would be idle, for an engine waits as a whole for each of its threads.
-        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # some containers do not allow it
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+        if self.copied[0] != directory:  # nobody waits for this one any more
+            raise RuntimeError(f"there is no copy for {directory}, but for {self.copied[0] or 'none'}")
+        (_, copied), self.copied = self.copied, ("", [])  # the next one may be made while this one is written
         path = Path(directory)
         kept_elsewhere, files = storage.url_of(path) is not None, []
         if kept_elsewhere:  # where the driver is on another node, nobody makes or removes directories here
@@ -51,13 +56,12 @@ class LearnerRole(Role):
             for before in set(path.parent.glob(".step-*.tmp")) - {path}:
                 with suppress(OSError):  # the driver is here, and was faster
                     before.rmdir()
-        for name, tensors, header in self.copied:
+        for name, tensors, header in copied:
             files.append(write_tensors(path / name, tensors, header))
             storage.publish(path / name)
             if kept_elsewhere:
                 storage.settle()
                 (path / name).unlink()
-        self.copied = []
         return files
 
     def offload(self, everything: bool) -> None:

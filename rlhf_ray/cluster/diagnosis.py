@@ -95,6 +95,9 @@ def _death(m: Member, facts: Facts) -> tuple[str, str]:
         return "node_lost", "Ray has declared its node dead"
     if m.gone in ("hung", "overdue"):
         return m.gone, m.words
+    if m.gone == "failed":
+        said = ANSI.sub("", m.words).strip().splitlines()[-1]
+        return "out_of_memory" if _NO_MEMORY.search(said) else "python_error", f"its setup raised {said}"
     if ray_says := _RAY_OOM.search(m.words):
         return "out_of_memory", f"Ray's memory monitor killed it. {ray_says[1] or ''}; {_held(m)}"
     if ray_says := _NODE.search(m.words):

@@ -14,14 +14,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_ray.cluster.health import HEALTH, Health, Member
+from rlhf_ray.cluster.health import HEALTH, LOST, Health, Member
 from rlhf_ray.cluster.post_mortem import write_post_mortem
 from rlhf_ray.cluster.preflight import Visit, check_nodes
 from rlhf_ray.cluster.role import Role
@@ -32,6 +32,8 @@ from rlhf_ray.core.packing import comparison, shortfall
 from rlhf_ray.errors import RunFailed, UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.storage import shown
+
+T = TypeVar("T")
 
 ROLE_ENV = {
     # Nothing that runs in a role asks a hub or a usage server for anything.
@@ -136,6 +138,12 @@ def debtors(refs: Sequence[Any]) -> set[str]:
     return {ref.task_id().actor_id().hex() for ref in refs}
 
 
+def named(gone: Sequence[Member], error: Exception) -> str:
+    """Who is gone, for a person; the first line of the error, if nobody is."""
+    return (", ".join(f"{m.role}-{m.index} ({m.gone})" for m in gone) or str(error).partition("\n")[0]
+            or type(error).__name__)
+
+
 _PORTS = range(20_000, 30_000)  # no system hands these out to whoever asks for any port, nor does Ray to its workers
 
 
@@ -205,7 +213,7 @@ class Cast:
         self._elastic: set[str] = set()
         self._placement: PlacementGroup | None = None
         self._number = next(_CASTS)
-        self._setups: list[ray.ObjectRef] = []
+        self._setups: dict[tuple[str, int], ray.ObjectRef] = {}  # not answered yet, as far as `ready` knows
         self._visits: dict[tuple[str, int], Visit] = {}  # to nodes where somebody comes up later
 
     def __enter__(self) -> Cast:
@@ -293,18 +301,27 @@ class Cast:
             self._parts[role, i] = _Part(actor_class, args, threads)
         group = Group(role, [self._launch(role, i) for i in range(len(per_actor))], self.cfg.call_timeout_s)
         self.groups.append(group)
-        self._setups += group.start_each(actor_class.setup, per_actor)
+        self._setups |= {(role, i): ref for i, ref in enumerate(group.start_each(actor_class.setup, per_actor))}
         return group
 
     def ready(self) -> list[ActorInfo]:
         """Wait until every actor answers; raises what the first failing one raised, or UserError if the node where
-        one took another's place lacks something."""
-        setups, self._setups = self._setups, []
+        one took another's place lacks something.
+
+        If the one that failed came for another that was lost, it is gone as well: see `lost`. Who had not answered yet
+        is waited for the next time.
+        """
         failure = None
         try:
-            wait(setups, self.cfg.start_timeout_s, "start of " + ", ".join(g.role for g in self.groups))
+            wait(list(self._setups.values()), self.cfg.start_timeout_s,
+                 "start of " + ", ".join(dict.fromkeys(role for role, _ in self._setups)))
         except Exception as error:
             failure = error
+        for seat, setup in list(self._setups.items()):
+            if ray.wait([setup], timeout=0)[0]:
+                del self._setups[seat]
+                if self._parts[seat].takes:
+                    self._came_up(seat, setup)
         late = [seat for seat in self._visits if seat not in self._coming]
         if problems := [problem for seat in late if (problem := self._lacks(seat, _GRACE_S))]:
             raise UserError("\n".join(dict.fromkeys(problems))) from failure  # says more than that an actor died there
@@ -341,12 +358,13 @@ class Cast:
     def lost(self, error: BaseException) -> list[Member]:
         """Who is gone. Waits a few seconds for it: whoever worked with an actor that died may notice before Ray does.
 
-        An actor that owes an answer which is overdue is killed first.
+        An actor that owes an answer which is overdue, or that a call could not reach, is killed first.
         """
-        if isinstance(error, Overdue):
-            for seat, actor in self._actors.items():
-                if actor._actor_id.hex() in error.debtors:
-                    self.health.kill(self._name(*seat), "overdue", str(error))
+        late = error.debtors if isinstance(error, Overdue) else set()
+        away = {error.actor_id} if isinstance(error, ActorUnavailableError) else set()
+        for seat, actor in self._actors.items():
+            if actor._actor_id.hex() in late | away:
+                self.health.kill(self._name(*seat), "overdue" if late else "died", str(error))
         deadline = time.monotonic() + _GRACE_S
         while not (gone := self.health.look()) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -373,6 +391,7 @@ class Cast:
         seat = member.role, member.index
         self.health.forget(member.name)
         ray.kill(self._actors[seat])
+        self._setups.pop(seat, None)
         self._parts[seat].takes += 1
         self._launch(*seat)
         self._visit(*seat)
@@ -381,23 +400,35 @@ class Cast:
             if seat in self._coming or (member.role in self._elastic and len(self.group(member.role)) > 1):
                 self._coming[seat] = _Coming(setup)
             else:
-                self._setups.append(setup)
+                self._setups[seat] = setup
         self._muster(member.role)
 
-    def revive(self, error: Exception) -> None:
-        """Replace whoever is gone, and wait until they have come up. Raises `error` if nobody is."""
-        gone = self.lost(error)
-        if isinstance(error, UserError) or not gone:
-            raise error
-        for member in gone:
-            self.replace(member)
-        self.ready()
+    def persist(self, call: Callable[[], T], done: Callable[[], int] = lambda: 0) -> T:
+        """What `call` gives, once all have come up. If actors are lost meanwhile, they are replaced and it is called
+        again: cluster.attempts times in a row in which `done` does not change. For roles without learners, which
+        train/recovery.py brings back together.
+
+        Raises what `call` raised if no loss explains it, or if the attempts are used up.
+        """
+        tries, before = 0, done()
+        while True:
+            try:
+                self.ready()
+                return call()
+            except Exception as error:
+                gone = [] if isinstance(error, UserError) else self.lost(error)
+                tries, before = (tries + 1 if done() == before else 1), done()
+                if not (gone or isinstance(error, LOST)) or tries > self.cfg.attempts:
+                    raise
+                console.print(f"lost: {named(gone, error)}; trying again", markup=False)
+                for member in gone:
+                    self.replace(member)
 
     def set_up_again(self, group: Group, per_actor: Sequence[tuple[Any, ...]]) -> None:
         """Call `setup` on all actors of a group, those that live too, with new arguments."""
         for i, args in enumerate(per_actor):
             self._parts[group.role, i].args = args
-            self._setups.append(self._set_up(group.role, i))
+            self._setups[group.role, i] = self._set_up(group.role, i)
 
     def args(self, group: Group) -> list[tuple[Any, ...]]:
         """What each actor of the group was last set up with."""
@@ -439,13 +470,9 @@ class Cast:
             if member.pid and not coming.since:
                 coming.since = time.monotonic()
             if ray.wait([coming.setup], timeout=0)[0] and (r, i) not in self._visits:
-                try:
-                    ray.get(coming.setup)
-                except RayError as error:
-                    self.health.kill(member.name, "died", str(error))
-                    continue
-                del self._coming[r, i]
-                joined.append(i)
+                if self._came_up((r, i), coming.setup):
+                    del self._coming[r, i]
+                    joined.append(i)
             elif coming.since and time.monotonic() - coming.since > self.cfg.start_timeout_s:
                 self.health.kill(member.name, "overdue", f"not up after {self.cfg.start_timeout_s:.0f} s")
         self.health.started(self._name(role, i) for i in joined)
@@ -472,6 +499,15 @@ class Cast:
         group = self.group(role)
         group.numbers = [i for r, i in sorted(self._actors) if r == role and (r, i) not in self._coming]
         group.actors[:] = [self._actors[role, i] for i in group.numbers]
+
+    def _came_up(self, seat: tuple[str, int], setup: ray.ObjectRef) -> bool:
+        """Whether a `setup` that is over went well; else the actor is killed."""
+        try:
+            ray.get(setup)
+        except RayError as error:
+            self.health.kill(self._name(*seat), "failed" if isinstance(error, RayTaskError) else "died", str(error))
+            return False
+        return True
 
     def _name(self, role: str, i: int) -> str:
         takes = self._parts[role, i].takes

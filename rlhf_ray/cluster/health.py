@@ -15,7 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from rlhf_ray.metrics.progress import console
 
 HEALTH = "health"  # the concurrency group of `Role.pulse`
 # What a call raises when the actor, its node or an argument is gone, rather than for a reason of its own.
@@ -48,8 +59,10 @@ class Member:
     started_at: float = 0.0  # before, it may be silent: imports can take long, and `start` has a deadline of its own
     pulses: deque[tuple[float, Pulse]] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # (unix time, pulse)
     asked: Any = None  # the answer that has not come yet; the first question is who it is
-    asked_at: float = 0.0
-    gone: str = ""  # how: `died` (its process or node ended), `hung` (silent) or `overdue` (a late answer), both killed
+    asked_at: float = 0.0  # since when it owes an answer; 0: it owes none
+    # How: `died` (its process or node ended); `hung` (silent), `overdue` (a late answer) or `failed` (it came in the
+    # place of another and its setup raised), all three killed.
+    gone: str = ""
     words: str = ""  # what Ray says
 
 
@@ -112,25 +125,33 @@ class Health:
     def _run(self) -> None:
         looked = time.monotonic()
         while not self._stop.wait(self._interval_s):
-            with self._lock:
-                if time.monotonic() - looked > self._deadline_s / 2:  # it was this process that slept
-                    for member in self.members.values():
-                        member.asked_at = time.monotonic()
-                looked = time.monotonic()
-                for member in list(self.members.values()):
-                    self._ask(member)
-                self._listen(0.05)
-                late = [m for m in self.members.values()
-                        if m.started_at and m.asked is not None
-                        and time.monotonic() - max(m.asked_at, m.started_at) > self._deadline_s]
-            for member in late:
-                self.kill(member.name, "hung", f"no sign of life for {self._deadline_s:.0f} s")
+            slept = time.monotonic() - looked > self._deadline_s / 2
+            looked = time.monotonic()
+            try:
+                self._look_after(slept)
+            except Exception as error:  # whatever it is, hangs must still be noticed
+                console.print(f"health: {error!r}", markup=False)
+
+    def _look_after(self, slept: bool) -> None:
+        """One round: ask all, and end those who are silent for too long. slept: it was this process that did."""
+        with self._lock:
+            if slept:
+                for member in self.members.values():
+                    member.asked_at = time.monotonic()
+            for member in self.members.values():
+                self._ask(member)
+            self._listen(0.05)
+            late = [m for m in self.members.values()
+                    if m.started_at and m.asked_at
+                    and time.monotonic() - max(m.asked_at, m.started_at) > self._deadline_s]
+        for member in late:
+            self.kill(member.name, "hung", f"no sign of life for {self._deadline_s:.0f} s")
 
     def _ask(self, member: Member) -> None:
         if not member.gone and member.asked is None:
             question = member.actor.pulse if member.pid else member.actor.describe
             member.asked = question.options(concurrency_group=HEALTH).remote()
-            member.asked_at = time.monotonic()
+            member.asked_at = member.asked_at or time.monotonic()
 
     def _listen(self, timeout_s: float) -> None:
         asked = {m.asked: m for m in self.members.values() if m.asked is not None}
@@ -141,13 +162,16 @@ class Health:
             member, asked[ref].asked = asked[ref], None
             try:
                 answer = ray.get(ref, timeout=1)
+                member.asked_at = 0.0
                 if isinstance(answer, Pulse):
                     member.pulses.append((time.time(), answer))
                 else:
                     member.node, member.node_id, member.pid, member.logs = (
                         answer[key] for key in ("node", "node_id", "pid", "logs"))
-            except GetTimeoutError:
+            except (GetTimeoutError, ActorUnavailableError):  # it is asked again, and its time runs on
                 continue
+            except RayTaskError:  # it cannot say how it is, and so it lives
+                member.asked_at = 0.0
             except RayError as error:
                 if not member.gone:
                     member.gone, member.words = "died", str(error)

@@ -5,7 +5,7 @@ The only file besides `weight_sync` that imports vllm.
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -109,12 +109,19 @@ class GenerationEngine:
             generation_config="vllm", enable_sleep_mode=shared,
             kv_cache_memory_bytes=None if torch.cuda.is_available() else kv_cache_bytes(path, model, cfg),
         )
-        self.version = 0
+        self.version, self._path = 0, path  # "": of no path
         self._asleep = {"weights": False, "kv_cache": False}
         self._requests = 0
 
-    def sample(self, requests: Sequence[Request], temperature: float, max_tokens: int) -> Iterator[Response]:
-        """Sample all; responses come as they finish, `index` says which request each answers."""
+    def sample(
+        self, requests: Sequence[Request], temperature: float, max_tokens: int,
+        before_step: Callable[[], object] = lambda: None,
+    ) -> Iterator[Response]:
+        """Sample all; responses come as they finish, `index` says which request each answers.
+
+        Whoever wants no more closes the iterator, or raises in `before_step`, which is called before each step of the
+        engine; what is under way is then dropped.
+        """
         from vllm import SamplingParams
 
         engine, numbers = self.llm.llm_engine, {}
@@ -127,29 +134,37 @@ class GenerationEngine:
             name = str(self._requests)
             numbers[name] = i
             engine.add_request(name, {"prompt_token_ids": request.prompt}, params)
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if not output.finished:
-                    continue
-                answer = output.outputs[0]
-                yield Response(
-                    index=numbers.pop(output.request_id),
-                    ids=np.asarray(answer.token_ids, dtype=np.int32),
-                    logprobs=np.asarray(answer.logprobs.logprobs, dtype=np.float32),
-                    truncated=answer.finish_reason == "length",
-                )
+        try:
+            while engine.has_unfinished_requests():
+                before_step()
+                for output in engine.step():
+                    if not output.finished:
+                        continue
+                    answer = output.outputs[0]
+                    yield Response(
+                        index=numbers.pop(output.request_id),
+                        ids=np.asarray(answer.token_ids, dtype=np.int32),
+                        logprobs=np.asarray(answer.logprobs.logprobs, dtype=np.float32),
+                        truncated=answer.finish_reason == "length",
+                    )
+        finally:
+            if numbers:
+                engine.abort_request(list(numbers))
 
     def load(self, path: str) -> None:
-        """Replace the weights by those of another model of the same shape, from disk."""
-        storage.fetch(Path(path))
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-        self._forget_old_weights()
+        """Replace the weights by those of another model of the same shape, from disk, unless they are."""
+        if path != self._path:
+            self._path = ""
+            storage.fetch(Path(path))
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            self._forget_old_weights()
+            self._path = path
 
     def sleep(self) -> None:
         """Leave the device to another: cache and weights are gone, so that the engine is stale until it is synced."""
         if not all(self._asleep.values()):
             self.wake(*self._asleep)  # half awake, an engine cannot go to sleep
-            self.version = 0
+            self.version, self._path = 0, ""
             self.llm.sleep(level=2)
             self._asleep = dict.fromkeys(self._asleep, True)
 
@@ -174,7 +189,7 @@ class GenerationEngine:
         self.llm.init_weight_transfer_engine({"init_info": payload})
 
     def start_weight_update(self) -> None:
-        self.version = 0  # some weights old, some new, until all are there
+        self.version, self._path = 0, ""  # some weights old, some new, until all are there
         self.llm.collective_rpc("start_digest")
         self.llm.start_weight_update()
 

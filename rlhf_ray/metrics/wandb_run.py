@@ -21,6 +21,7 @@ from rlhf_ray.metrics.progress import console
 
 TABLES = 20  # of samples, in a run of any length: each is a few files
 ROWS = 60  # of a table
+FINISH_S = 600.0  # for what is still to be sent at the end; `wandb sync` sends the rest
 _COLUMNS = ("iteration", "score", "prompt", "response", "tokens", "truncated")
 
 
@@ -78,7 +79,8 @@ class WandbRun:
         try:
             wandb = _wandb(run_dir)
             settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False,
-                                      x_disable_stats=True, x_disable_machine_info=True)
+                                      x_disable_stats=True, x_disable_machine_info=True, finish_timeout=FINISH_S,
+                                      finish_timeout_raises=True)
             self._run = wandb.init(project=project, mode=mode, dir=str(run_dir), config=dict(config),
                                    id=name.read_text(), resume="allow", settings=settings)
         except Exception as error:
@@ -117,7 +119,7 @@ class WandbRun:
         self._attempt(send)
 
     def close(self) -> None:
-        """Finish; a second call does nothing. Online it waits until all is sent."""
+        """Finish; a second call does nothing. Online it waits until all is sent, FINISH_S at most."""
         if self._rows:
             self._attempt(lambda: self._run.log(self._table()))
         self._attempt(lambda: self._run.finish())

@@ -81,7 +81,7 @@ def sample(cfg: Config, task_data: TaskData, record: StageRecord) -> tuple[list[
         forget_answers(directory)
     kept, encoded, dropped = encode_prompts(task_data.compare_prompts()[: c.prompts], cfg.data, tokenizer)
     with session(cfg), answering(cfg, path, prompt_set(encoded), Paths(cfg).stage("compare")) as (cast, group):
-        actors = cast.ready()
+        actors = cast.persist(cast.ready)
         answers = sample_answers(cast, group, path, prompt_set(encoded), "compare", c.responses_per_prompt,
                                  c.temperature, c.max_response_tokens, cfg.seed, journal=directory / f"{ANSWERS}.jsonl",
                                  model=f"{model_fingerprint(path)} {cfg.model.dtype}")

@@ -12,7 +12,7 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
 from rlhf_ray.stages.rm import encode, held_out_accuracy, prompt_keys, scores_of
-from rlhf_ray.train.supervised import SupervisedLearner, Task, split_units, supervised
+from rlhf_ray.train.supervised import Task, split_units, supervised
 
 
 def run(cfg: Config) -> None:
@@ -30,8 +30,8 @@ def run(cfg: Config) -> None:
         )
         resume = partial(resumed, cfg, record, {"start": task.path, "comparisons": paths.comparisons})
         with session(cfg), supervised(cfg, task, resume) as trained:
-            trained.group.call(SupervisedLearner.save, str(paths.dpo), cfg.model.dtype, {})
-            rewards = scores_of(trained, val, task)
+            trained.save_model(paths.dpo, cfg.model.dtype)
+            rewards = scores_of(trained, val)
             accuracy, interval, pairs = held_out_accuracy(data, val, rewards, cfg.seed, "dpo.val_fraction")
             record.add(
                 val_accuracy=accuracy, ci95=list(interval), val_loss=trained.val["loss"],

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray.actors.generator import Generator
 from rlhf_ray.actors.scorers import ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
@@ -90,7 +89,7 @@ def evaluate(cfg: Config, record: StageRecord) -> None:
         generators = roles.generators(cast, cfg, models["sft"], ray.put(prompts), roles.sync_backend(cfg))
         scorers = roles.reference_models(cast, cfg, models["sft"])
         reward = roles.reward_models(cast, cfg, str(paths.reward)) if scored else None
-        actors = cast.ready()
+        actors = cast.persist(cast.ready)
         answers = {
             name: examine(cfg, cast, name, models, generators, scorers, reward, prompts, blocks, tokenizer, judge)
             for name in models
@@ -125,7 +124,6 @@ def examine(
 ) -> Answers:
     """Let one model answer all prompts, the same seeds for every model, and measure the answers."""
     e = cfg.eval
-    generators.call(Generator.load, models[name])
     sampled = sample_answers(cast, generators, models[name], prompts, f"eval {name}", 1, e.temperature,
                              cfg.rollout.max_response_tokens, cfg.seed + 1,
                              journal=Paths(cfg).stage("eval") / f"{ANSWERS}-{name}.jsonl",
@@ -138,14 +136,20 @@ def examine(
     lengths = np.array([len(w) for w in whole], dtype=np.int32)
     wanted = np.concatenate([np.arange(len(w)) >= n for w, n in zip(whole, prompts.lengths, strict=True)])
     ids, text = np.concatenate(whole), block_dataset(blocks)
-    under = {}
-    for model in {"sft", name}:
-        scorers.call(ReferenceModel.load, models[model])
-        under[model] = scorers.ask(ReferenceModel.logprobs_of, ids, lengths, wanted, e.temperature)
-    scorers.call(ReferenceModel.load, models[name])
-    nll = scorers.ask(ReferenceModel.logprobs_of, text.ids, text.lengths, text.in_loss, 1.0)
+
+    def logprobs(model: str, *asked: Any) -> np.ndarray:
+        def call() -> np.ndarray:
+            scorers.call(ReferenceModel.load, models[model])
+            return scorers.ask(ReferenceModel.logprobs_of, *asked)
+
+        return cast.persist(call)
+
+    under = {model: logprobs(model, ids, lengths, wanted, e.temperature) for model in {"sft", name}}
+    nll = logprobs(name, text.ids, text.lengths, text.in_loss, 1.0)
     truncated = np.array([r[-1] != tokenizer.eos_token_id for r in responses])
-    rm = reward.ask(RewardModel.scores_of, ids, lengths, truncated).astype(np.float64) if reward else None
+    rm: np.ndarray | None = None
+    if reward:
+        rm = cast.persist(lambda: reward.ask(RewardModel.scores_of, ids, lengths, truncated)).astype(np.float64)
     scores = judge.scores(texts) if judge.scores else rm
     assert scores is not None
     ends = np.cumsum(lengths)

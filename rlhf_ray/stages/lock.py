@@ -116,7 +116,7 @@ def _taken_at_url(directory: Path, url: str, left: str) -> Iterator[None]:
         raise
     finally:
         over.set()
-        beating.join()
+        beating.join(SILENCE_S)  # a beat that hangs ends with the process
         with suppress(UserError):
             if remote.read(f"{url}/{LOCK}") == mine:
                 for name in (LOCK, _BEAT):

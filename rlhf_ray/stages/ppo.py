@@ -15,7 +15,6 @@ from rlhf_ray.data.blocks import block_dataset, token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import render_prompt
-from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import METRICS, SAMPLES, Recorder
 from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
@@ -77,16 +76,13 @@ def run(cfg: Config) -> None:
                 policy.call(PolicyLearner.save, str(paths.policy))
 
             with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
-                with console.status("starting the actors of all roles"):
-                    actors = cast.ready()
                 watch = Watch(cfg.alarms, directory, save)
                 fleet = Fleet(cast, cfg.roles.generator.replicas, directory)
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,
                                      recorder, watch, fleet, checkpoints)
-                trainer.run(checkpoint)
-                save()
+                trainer.run(checkpoint, save)
                 if log.wandb_model:
                     recorder.log_model(paths.policy)
             record.add(prompts=len(prompts), dropped=dropped, iterations=p.iterations, weight_sync=backend,
-                       algorithm=cfg.algorithm.name, actors=actors, data=task_data.fingerprint(),
+                       algorithm=cfg.algorithm.name, actors=trainer.actors, data=task_data.fingerprint(),
                        restarts=dict(trainer.recovery.restarts))

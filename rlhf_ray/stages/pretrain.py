@@ -14,7 +14,7 @@ from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.models.tiny import save_untrained
 from rlhf_ray.stages.common import Paths, StageRecord, resumed, stage
-from rlhf_ray.train.supervised import SupervisedLearner, Task, supervised
+from rlhf_ray.train.supervised import Task, supervised
 
 
 def run(cfg: Config) -> None:
@@ -44,7 +44,7 @@ def train(cfg: Config, record: StageRecord) -> None:
     resume = partial(resumed, cfg, record, {"start": task.path})
     with supervised(cfg, task, resume) as trained:
         loss = trained.val["loss"]
-        trained.group.call(SupervisedLearner.save, str(paths.base), p.save_dtype, {})
+        trained.save_model(paths.base, p.save_dtype)
         record.add(
             held_out_loss=loss, held_out_perplexity=math.exp(loss), tokens=int(blocks.size), epochs=p.epochs,
             actors=trained.actors, data=task_data.fingerprint(),

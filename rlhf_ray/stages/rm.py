@@ -15,7 +15,7 @@ from rlhf_ray.evaluation.statistics import cluster_interval
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import SCORE_SHIFT, load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
-from rlhf_ray.train.supervised import SupervisedLearner, Task, Trained, deal, split_units, supervised
+from rlhf_ray.train.supervised import SupervisedLearner, SupervisedTrainer, Task, split_units, supervised
 
 SHIFT_DEMONSTRATIONS = 512  # enough for a mean; their scores become 0 on average
 
@@ -103,12 +103,10 @@ def held_out_accuracy(
             int(total.sum()))
 
 
-def scores_of(trained: Trained, units: np.ndarray, task: Task) -> np.ndarray:
+def scores_of(trained: SupervisedTrainer, units: np.ndarray) -> np.ndarray:
     """What the trained model scores the responses to the given prompts: float32 [N], 0 for the others."""
-    assert isinstance(task.data, RankedDataset)
-    scores = np.zeros(len(task.data.lengths), dtype=np.float32)
-    for rows, values in trained.group.call_each(SupervisedLearner.scores,
-                                                deal(units, task.weights, len(trained.group))):
+    scores = np.zeros(len(trained.task.data.lengths), dtype=np.float32)
+    for rows, values in trained.persist(lambda: trained.dealt(SupervisedLearner.scores, units)):
         scores[rows] = values
     return scores
 
@@ -134,9 +132,9 @@ def run(cfg: Config) -> None:
         )
         resume = partial(resumed, cfg, record, {"start": task.path, "comparisons": paths.comparisons})
         with session(cfg), supervised(cfg, task, resume) as trained:
-            scores = scores_of(trained, np.concatenate([val, np.arange(count, data.groups[-1] + 1)]), task)
+            scores = scores_of(trained, np.concatenate([val, np.arange(count, data.groups[-1] + 1)]))
             shift = float(scores[data.groups >= count].mean())
-            trained.group.call(SupervisedLearner.save, str(paths.reward), cfg.model.dtype, {SCORE_SHIFT: shift})
+            trained.save_model(paths.reward, cfg.model.dtype, {SCORE_SHIFT: shift})
             accuracy, interval, pairs = held_out_accuracy(data, val, scores, cfg.seed, "rm.val_fraction")
             record.add(
                 val_accuracy=accuracy, ci95=list(interval), val_loss=trained.val["loss"], val_prompts=len(val),

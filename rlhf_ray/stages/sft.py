@@ -14,7 +14,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.models.hub import load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
-from rlhf_ray.train.supervised import SupervisedLearner, Task, split_units, supervised
+from rlhf_ray.train.supervised import Task, split_units, supervised
 
 
 def encode(demonstrations: list[Demonstration], cfg: Config, tokenizer: object) -> tuple[TokenDataset, int]:
@@ -50,7 +50,7 @@ def run(cfg: Config) -> None:
         )
         resume = partial(resumed, cfg, record, {"start": task.path})
         with session(cfg), supervised(cfg, task, resume) as trained:
-            trained.group.call(SupervisedLearner.save, str(paths.sft), cfg.model.dtype, {})
+            trained.save_model(paths.sft, cfg.model.dtype)
             record.add(
                 val_loss=trained.val["loss"], demonstrations=len(data.lengths), dropped=dropped,
                 tokens=int(data.in_loss.sum()), actors=trained.actors, data=task_data.fingerprint(),

@@ -16,10 +16,10 @@ saves in between, and what was on its way is sampled anew, as it is after a faul
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import Any
 
 from rlhf_ray.actors.generator import Sample
 from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
@@ -31,22 +31,24 @@ class Ahead:
     def __init__(self, workers: RolloutWorkers):
         self._workers, self._pool = workers, ThreadPoolExecutor(1, "ahead")
         self._rollouts: Future[Rollouts] | None = None
+        self._dropped = threading.Event()
         self.prompts: dict[str, int] | None = None
 
-    def begin(self, prompts: dict[str, int], samples: Sequence[Sample], *args: Any) -> None:
+    def begin(self, prompts: dict[str, int], samples: Sequence[Sample], version: int, shares: int) -> None:
         """Have RolloutWorkers.run called with these."""
-        self.prompts = prompts
-        self._rollouts = self._pool.submit(self._workers.run, list(samples), *args)
+        self.prompts, self._dropped = prompts, threading.Event()
+        self._rollouts = self._pool.submit(self._workers.run, list(samples), version, shares, dropped=self._dropped)
 
     def take(self) -> Rollouts | None:
-        """It, when it is there; raises what `run` raises."""
+        """It, when it is there; raises what `run` raises, whose waits have their deadlines."""
         rollouts = self._rollouts.result() if self._rollouts else None
         self._rollouts = self.prompts = None  # not before: who is interrupted while waiting has something to drop
         return rollouts
 
     def drop(self) -> None:
-        """Do without it."""
+        """Do without it; the generators are free when this returns, or soon."""
         if self._rollouts:
-            self._workers.forget()
+            self._dropped.set()
             wait_for([self._rollouts])
+            self._workers.forget()
         self._rollouts = self.prompts = None

@@ -56,22 +56,19 @@ def sample_answers(
         parts = dict(kept.parts) if kept else {}
         missing = {i: samples[i : i + size] for i in range(0, len(samples), size) if i not in parts}
         with progress_bar(name, len(parts) + len(missing)) as bar:
-            tries = 0
-            while missing:
-                try:
-                    for first, part in _answered(group, missing, temperature, max_tokens):
-                        if kept:
-                            kept.add(first, part)
-                            storage.publish(kept.path)
-                        parts[first], tries = part, 0
-                        bar(len(parts), f"{sum(map(len, parts.values()))} responses")
-                        del missing[first]
-                except Exception as error:
-                    tries += 1
-                    if tries > cast.cfg.attempts:
-                        raise
-                    cast.revive(error)
-                    group.call(Generator.load, path)
+
+            def rest() -> None:
+                group.call(Generator.load, path)  # who takes the place of a lost one begins with another
+                for first, part in _answered(group, missing, temperature, max_tokens):
+                    if kept:
+                        kept.add(first, part)
+                        storage.publish(kept.path)
+                    parts[first] = part
+                    bar(len(parts), f"{sum(map(len, parts.values()))} responses")
+                    del missing[first]
+
+            if missing:
+                cast.persist(rest, lambda: len(parts))
     return [parts[first][i : i + per_prompt] for first in sorted(parts)
             for i in range(0, len(parts[first]), per_prompt)]
 
@@ -91,16 +88,20 @@ def _answered(
 
     for generator in range(len(group)):
         give(generator)
-    while in_hand:
-        _, _, deadline = next(iter(in_hand.values()))
-        done, _ = ray.wait(list(in_hand), timeout=max(0.0, deadline - time.monotonic()))
-        if not done:
-            raise Overdue(f"generator.{Generator.answer.__name__} did not answer within {group.timeout_s:.0f} s",
-                          debtors(list(in_hand)[:1]))
-        number, generator, _ = in_hand.pop(done[0])
-        responses = ray.get(done[0])
-        give(generator)
-        yield number, responses
+    try:
+        while in_hand:
+            _, _, deadline = next(iter(in_hand.values()))
+            done, _ = ray.wait(list(in_hand), timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                raise Overdue(f"generator.{Generator.answer.__name__} did not answer within {group.timeout_s:.0f} s",
+                              debtors(list(in_hand)[:1]))
+            number, generator, _ = in_hand.pop(done[0])
+            responses = ray.get(done[0])
+            give(generator)
+            yield number, responses
+    finally:
+        for ref in in_hand:  # who still samples need not
+            ray.cancel(ref)
 
 
 def forget_answers(directory: Path) -> None:

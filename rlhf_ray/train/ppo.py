@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError
 from rlhf_ray.actors.generator import Sample, sample_seed
 from rlhf_ray.actors.learners import CriticLearner, Window
 from rlhf_ray.actors.policy import PolicyLearner, Prepared
-from rlhf_ray.cluster.group import Group, wait
+from rlhf_ray.cluster.group import ActorInfo, Group, wait
 from rlhf_ray.cluster.timeline import span
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
@@ -81,6 +81,7 @@ class PPOTrainer:
         self.step, self.version = 0, 1
         self.ahead = Ahead(workers)
         self.begun = self.done = False
+        self.actors: list[ActorInfo] = []  # as they came up
         self.saving: dict[str, float] = {}  # seconds
         self.weights = cfg.reward.weights or [1.0] * len(cfg.reward.sources)
         self.kl_coef, self.seen_scores = cfg.algorithm.kl_coef, Moments()
@@ -90,8 +91,9 @@ class PPOTrainer:
                                  roll_back=self.roll_back)
         self.start = self.boundary = self.state_dict()
 
-    def run(self, checkpoint: Checkpoint | None = None) -> None:
-        """Train to ppo.iterations, from a checkpoint or from the start, whatever is lost on the way.
+    def run(self, checkpoint: Checkpoint | None = None, last: Callable[[], None] = lambda: None) -> None:
+        """Train to ppo.iterations, from a checkpoint or from the start, whatever is lost on the way. last: what is
+        still to be done with the learners then.
 
         However it ends, it leaves a checkpoint of the last whole iteration if the learners live.
         """
@@ -99,7 +101,7 @@ class PPOTrainer:
             try:
                 while not self.done:
                     try:
-                        self.go_on(checkpoint)
+                        self.go_on(checkpoint, last)
                     except Exception as error:
                         self.interruption.allow()
                         if isinstance(error, ObjectLostError):
@@ -115,15 +117,19 @@ class PPOTrainer:
                 self.ahead.drop()
                 self.workers.forget()
 
-    def go_on(self, checkpoint: Checkpoint | None) -> None:
+    def go_on(self, checkpoint: Checkpoint | None, last: Callable[[], None]) -> None:
         if not self.begun:
             self.begin(checkpoint)
+        self.watch.act(self.step)  # if somebody was lost while it did
         while self.step < self.cfg.ppo.iterations:
             self.advance()
         self.saver.finish()
+        last()
         self.done = True
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
+        with console.status("starting the actors of all roles"):
+            self.actors = self.cast.ready()
         if checkpoint:
             self.recovery.restore(checkpoint)
             self.roll_back(checkpoint)
@@ -136,7 +142,7 @@ class PPOTrainer:
         """One iteration: a transaction, which ends with a state that driver and learners share."""
         values = self.run_step(self.step + 1)
         self.step += 1
-        alarms = self.watch.check(self.step, values)
+        self.watch.check(self.step, values)
         self.boundary = self.state_dict()
         self.recovery.updating = False
         self.recovery.succeeded(self.step)
@@ -144,7 +150,7 @@ class PPOTrainer:
         if self.step % self.cfg.checkpoint.iterations == 0 or self.step == self.cfg.ppo.iterations:
             with Clock(self.step, self.enter, self.saving)("checkpoint"):
                 self.save(values)
-        self.watch.act(self.step, alarms)
+        self.watch.act(self.step)
 
     def run_step(self, step: int) -> dict[str, Any]:
         clock, started = Clock(step, self.enter), time.monotonic()

@@ -16,56 +16,66 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from typing import Any
 
-import ray
 from ray.exceptions import ObjectLostError
 
 from rlhf_ray.actors.learner_role import LearnerRole
-from rlhf_ray.cluster.group import IO, Cast, Group, wait
+from rlhf_ray.cluster.group import IO, Cast, Group, named, wait
 from rlhf_ray.cluster.health import LOST, Member
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
-from rlhf_ray.models.shards import SavedFile
+from rlhf_ray.models.shards import SavedFile, shard_name
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.roles import learner_ranks
 
 
 class Saver:
-    """Checkpoints of learners, written while the next iteration is already under way."""
+    """Checkpoints of learners: each is written, and made the newest one, while the run goes on."""
 
     def __init__(self, checkpoints: Checkpoints, learners: list[Group]):
         self.checkpoints, self.learners = checkpoints, learners
         self.saved = 0  # the newest step that is saved, or being written
-        self._pending: tuple[int, list[Any], dict[str, Any], dict[str, float]] | None = None
+        self._pool = ThreadPoolExecutor(1, "saver")
+        self._writing: Future[None] | None = None
 
     def save(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
         """Copy the learners' state now, write it in the background; the one before is finished first."""
         self.finish()
         directory = str(self.checkpoints.begin(step))
-        wait([ref for g in self.learners for ref in g.start(LearnerRole.snapshot)], self.learners[0].timeout_s,
-             "checkpoint: copying the learners' state")
+        wait([ref for g in self.learners for ref in g.start(LearnerRole.snapshot, directory)],
+             self.learners[0].timeout_s, "checkpoint: copying the learners' state")
         refs = [ref for g in self.learners for ref in g.start(LearnerRole.write, directory, concurrency_group=IO)]
-        self._pending, self.saved = (step, refs, state, metrics), step
+        self._writing, self.saved = self._pool.submit(self._commit, step, refs, state, metrics), step
+
+    def _commit(self, step: int, refs: list[Any], state: dict[str, Any], metrics: dict[str, float]) -> None:
+        try:
+            written: list[list[SavedFile]] = wait(refs, self.learners[0].timeout_s, f"checkpoint {step}: writing")
+            files = [file for some in written for file in some]
+            shards = {shard_name(g.role, rank, len(g)) for g in self.learners for rank in range(len(g))}
+            if missing := shards - {file.name for file in files}:
+                raise RuntimeError(f"checkpoint {step} lacks {', '.join(sorted(missing))}: nobody wrote that")
+            self.checkpoints.commit(step, files, state, metrics)
+        except BaseException:
+            self.checkpoints.abandon(step)
+            raise
 
     def poll(self) -> None:
-        """Finish if that takes no waiting."""
-        if self._pending and not ray.wait(self._pending[1], num_returns=len(self._pending[1]), timeout=0)[1]:
+        """Raise what went wrong with it, if that is known by now."""
+        if self._writing and self._writing.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what is being written, and make it the newest checkpoint."""
-        if self._pending is None:
-            return
-        (step, refs, state, metrics), self._pending = self._pending, None
-        try:
-            files: list[list[SavedFile]] = wait(refs, self.learners[0].timeout_s, f"checkpoint {step}: writing")
-            self.checkpoints.commit(step, [f for some in files for f in some], state, metrics)
-        except BaseException:
-            self.checkpoints.abandon(step)
-            self.saved = 0
-            raise
+        """Wait until what is being written is the newest checkpoint."""
+        if self._writing:
+            wait_for([self._writing])  # who is interrupted here can wait again
+            writing, self._writing = self._writing, None
+            if writing.exception():
+                self.saved = 0
+            writing.result()
 
     def give_up(self) -> None:
         """Finish if the writers live, else drop it."""
@@ -134,10 +144,10 @@ class Recovery:
         if not gone and not isinstance(error, LOST) and not rebuilding:
             raise error
         self._tries += 1
-        names = ", ".join(f"{m.role}-{m.index} ({m.gone})" for m in gone) or str(error).splitlines()[0]
         if self._tries > self.attempts:
             raise error
-        console.print(f"lost: {names}; trying again ({self._tries} of cluster.attempts={self.attempts})", markup=False)
+        console.print(f"lost: {named(gone, error)}; trying again ({self._tries} of cluster.attempts={self.attempts})",
+                      markup=False)
         return gone
 
     def _rebuild(self, gone: list[Member], back: bool) -> None:

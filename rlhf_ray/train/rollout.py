@@ -8,6 +8,7 @@ died is sampled again, whole, by any other. What the finished shares gave is kep
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -86,14 +87,16 @@ class RolloutWorkers:
         self._kept: dict[int, list[_Shard]] = {}  # by share
 
     def run(
-        self, samples: list[Sample], version: int, shares: int, heard: Callable[[Any], None] = lambda shard: None
+        self, samples: list[Sample], version: int, shares: int, heard: Callable[[Any], None] = lambda shard: None,
+        dropped: threading.Event | None = None,
     ) -> Rollouts:
         """Sample everything with weights `version`, in so many shares; scores are on their way when this returns.
 
-        heard: is told of every shard, a reference, as soon as it is there.
-        Called again with the same arguments, after actors were replaced, it does only what is missing. Raises
-        one of LOST, when the other generators are done, if one died; Overdue if none delivers within the call
-        deadline.
+        heard: is told of every shard, a reference, as soon as it is there. dropped: once it is set, this raises
+        Forgotten within a second. However it ends, generators leave off what is not done then.
+        Called again with the same arguments, after actors were replaced, it does only what is missing: what is there
+        is kept until a call with others, for an update that fails needs it again. Raises one of LOST, when the other
+        generators are done, if one died; Overdue if none delivers within the call deadline.
         """
         self.turns.sample()
         if self._samples != (version, samples, shares):
@@ -105,7 +108,7 @@ class RolloutWorkers:
             heard(kept.scored.rollout)
         found: dict[int, list[_Shard]] = {i: [] for i in missing}
         lost: Exception | None = None
-        for share, shard, info in self._shards(missing, version):
+        for share, shard, info in self._shards(missing, version, dropped or threading.Event()):
             if isinstance(info, Exception):
                 lost = info
                 del found[share]
@@ -122,7 +125,7 @@ class RolloutWorkers:
                         [s.judged for s in shards if s.judged is not None])
 
     def forget(self) -> None:
-        """Keep nothing; a `run` that is under way on another thread raises Forgotten within a second."""
+        """Keep nothing."""
         self._samples, self._kept = (0, [], 0), {}
 
     def _ask(self, shard: _Shard) -> _Shard:
@@ -184,7 +187,8 @@ class RolloutWorkers:
         """References to the shards of each generator, every one of which answers all samples. Nothing is scored."""
         self.turns.sample()
         shards: list[list[Any]] = [[] for _ in self.generators.actors]
-        for generator, shard, info in self._shards(dict.fromkeys(range(len(self.generators)), samples), version):
+        everybody = dict.fromkeys(range(len(self.generators)), samples)
+        for generator, shard, info in self._shards(everybody, version, threading.Event()):
             if isinstance(info, Exception):
                 raise info
             shards[generator].append(shard)
@@ -192,44 +196,47 @@ class RolloutWorkers:
         return shards
 
     def _shards(
-        self, shares: dict[int, list[Sample]], version: int
+        self, shares: dict[int, list[Sample]], version: int, dropped: threading.Event
     ) -> Iterator[tuple[int, Any, RolloutInfo | Exception]]:
         """(share, shard reference, its numbers), from whichever generator has one ready; an error in place of the
         numbers says that the generator died and that nothing more comes of this share."""
         turns = itertools.cycle(range(len(self.generators)))
         streams: dict[Any, tuple[int, Any]] = {}
+        halves: dict[Any, Any] = {}  # by stream: a shard whose numbers are still to come
         for (share, samples), i in zip(shares.items(), turns, strict=False):
             stream = self.generators.submit(i, Generator.rollout, (samples, version, self.temperature, self.max_tokens),
                                             num_returns="streaming")
             streams[stream] = share, self.generators.actors[i]
-        deadline, asked = time.monotonic() + self.generators.timeout_s, self._samples
-        while streams:
-            left = deadline - time.monotonic()
-            ready, _ = ray.wait(list(streams), timeout=max(0.0, min(1.0, left)), fetch_local=False)
-            if self._samples is not asked:
-                raise Forgotten
-            if not ready and left > 1:
-                continue
-            if not ready:
-                late = {actor._actor_id.hex() for _, actor in streams.values()}
-                raise Overdue(f"rollout: {len(late)} of {len(self.generators)} generators delivered nothing within "
-                              f"{self.generators.timeout_s:.0f} s", late)
-            for stream in list[Any](ready):
-                share, _ = streams[stream]
-                try:
-                    shard = next(stream)
-                except StopIteration:
-                    del streams[stream]
+        timeout_s = self.generators.timeout_s
+        deadline = time.monotonic() + timeout_s
+        try:
+            while streams:
+                left = deadline - time.monotonic()
+                ready, _ = ray.wait(list(streams), timeout=max(0.0, min(1.0, left)), fetch_local=False)
+                if dropped.is_set():
+                    raise Forgotten
+                if not ready and left > 1:
                     continue
-                try:
-                    try:
-                        info: RolloutInfo = ray.get(next(stream))
-                    except StopIteration:  # the generator failed: the one reference left holds its error
-                        ray.get(shard)
-                        raise
-                except LOST as error:
-                    del streams[stream]
-                    yield share, None, error
-                    continue
-                yield share, shard, info
-                deadline = time.monotonic() + self.generators.timeout_s
+                if not ready:
+                    late = {actor._actor_id.hex() for _, actor in streams.values()}
+                    raise Overdue(f"rollout: {len(late)} of {len(self.generators)} generators delivered nothing within "
+                                  f"{timeout_s:.0f} s", late)
+                for stream in list[Any](ready):
+                    share, _ = streams[stream]
+                    ref, shard = next(stream, None), halves.pop(stream, None)
+                    if ref is None and shard is None:  # that was all
+                        del streams[stream]
+                    elif shard is None:
+                        halves[stream] = ref
+                    else:
+                        try:  # without a second one, the generator failed: the one that is there holds its error
+                            info: RolloutInfo = wait([shard if ref is None else ref], timeout_s, "rollout: numbers")[0]
+                        except LOST as error:
+                            del streams[stream]
+                            yield share, None, error
+                            continue
+                        yield share, shard, info
+                        deadline = time.monotonic() + timeout_s
+        finally:
+            for stream in streams:  # who still samples need not
+                ray.cancel(stream)

@@ -6,11 +6,12 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import ray
@@ -27,6 +28,7 @@ from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.recovery import Recovery, Saver
 from rlhf_ray.train.roles import layout_of, learner_ranks
 
+T = TypeVar("T")
 Resume = Callable[[int], tuple[Checkpoints, Checkpoint | None]]
 
 
@@ -51,16 +53,6 @@ class Task:
     dropout: float = 0.0
     autocast: bool = False
     dpo: DPOConfig | None = None  # with objective "dpo"
-
-
-@dataclass
-class Trained:
-    """A group of learners that holds the trained model, until the `supervised` context ends."""
-
-    group: Group
-    actors: list[ActorInfo]
-    last: dict[str, float]  # what the last optimizer step reported
-    val: dict[str, float]
 
 
 def deal(units: np.ndarray, weights: np.ndarray, ranks: int) -> list[tuple[np.ndarray]]:
@@ -99,47 +91,76 @@ def batches(train: np.ndarray, batch_size: int, steps: int, seed: int) -> Iterat
 
 
 class SupervisedTrainer:
-    """The loop. What is lost on the way is replaced, and the learners go back to the newest checkpoint."""
+    """The loop, and a group of learners that holds the trained model, until the `supervised` context ends.
+
+    Who is lost on the way is replaced, and all learners go back to the newest checkpoint. checkpoint: to begin at.
+    """
 
     def __init__(self, cfg: Config, task: Task, cast: Cast, group: Group, steps: int, checkpoints: Checkpoints,
-                 log: TextIO):
-        self.cfg, self.task, self.group, self.steps, self.log = cfg, task, group, steps, log
+                 checkpoint: Checkpoint | None, log: TextIO):
+        self.cfg, self.task, self.cast, self.group, self.steps, self.log = cfg, task, cast, group, steps, log
+        self.checkpoint = checkpoint
         self.saver = Saver(checkpoints, [group])
         self.recovery = Recovery(cast, [group], self.saver, cfg.cluster.attempts, connect=lambda: None,
                                  roll_back=self.roll_back)
-        self.step, self.last, self.started = 0, dict[str, float](), time.monotonic()
+        self.begun, self.step, self.started = False, 0, time.monotonic()
+        self.last, self.val = dict[str, float](), dict[str, float]()  # of the last optimizer step, of the validation
+        self.actors: list[ActorInfo] = []  # as they came up
         self._saved_at = self.started
 
-    def run(self, checkpoint: Checkpoint | None) -> None:
-        with Interruption() as interruption, progress_bar(self.task.name, self.steps) as bar:
+    def persist(self, call: Callable[[], T]) -> T:
+        """What `call` gives when all steps are done. If learners are lost in it, what they had learnt since the newest
+        checkpoint is learnt again, and it is called again."""
+        with Interruption() as interruption:
             try:
-                if checkpoint:
-                    self.recovery.restore(checkpoint)
-                self.roll_back(checkpoint)
-                while self.step < self.steps:
+                while True:
                     try:
-                        for units in islice(batches(self.task.train, self.task.batch_size, self.steps, self.cfg.seed),
-                                            self.step, None):
-                            interruption.defer()
-                            self.recovery.updating = True
-                            self.learn(units)
-                            self.recovery.updating = False
-                            self.recovery.succeeded(self.step)
-                            interruption.allow()
-                            bar(self.step, self.shown())
-                            if time.monotonic() - self._saved_at >= self.cfg.checkpoint.seconds:
-                                self.save()
+                        self.go_on(interruption)
+                        return call()
                     except Exception as error:
                         interruption.allow()
                         self.recovery.heal(error)
             except BaseException:
                 self.saver.last(self.save)
                 raise
-            self.saver.give_up()
+
+    def go_on(self, interruption: Interruption) -> None:
+        if not self.begun:
+            self.begin()
+        if self.step == self.steps:
+            return
+        with progress_bar(self.task.name, self.steps) as bar:
+            for units in islice(batches(self.task.train, self.task.batch_size, self.steps, self.cfg.seed), self.step,
+                                None):
+                interruption.defer()
+                self.recovery.updating = True
+                self.learn(units)
+                self.recovery.updating = False
+                self.recovery.succeeded(self.step)
+                interruption.allow()
+                bar(self.step, self.shown())
+                if time.monotonic() - self._saved_at >= self.cfg.checkpoint.seconds:
+                    self.save()
+        self.saver.give_up()
+
+    def begin(self) -> None:
+        self.actors = self.cast.ready()
+        if self.checkpoint:
+            self.recovery.restore(self.checkpoint)
+        self.roll_back(self.checkpoint)
+        self.begun = True
+
+    def dealt(self, method: Callable[..., Any], units: np.ndarray) -> list[Any]:
+        """Call `method` on every rank, with its share of the units."""
+        return self.group.call_each(method, deal(units, self.task.weights, len(self.group)))
+
+    def save_model(self, path: Path, dtype: str, config: Mapping[str, object] | None = None) -> None:
+        """Write what was learnt as a Hugging Face directory, with these entries in its config.json."""
+        self.persist(lambda: self.group.call(SupervisedLearner.save, str(path), dtype, config or {}))
 
     def learn(self, units: np.ndarray) -> None:
         """One optimizer step."""
-        result = self.group.call_each(SupervisedLearner.train, deal(units, self.task.weights, len(self.group)))[0]
+        result = self.dealt(SupervisedLearner.train, units)[0]
         if result["pairs"]:
             result["accuracy"] = result["correct"] / result["pairs"]
             if "margin_sum" in result:
@@ -169,14 +190,12 @@ class SupervisedTrainer:
         if checkpoint:
             console.print(f"going on after step {self.step} of {self.steps}")
         elif self.task.dpo is not None:
-            everything = np.concatenate([self.task.train, self.task.val])
-            self.group.call_each(SupervisedLearner.remember_reference,
-                                 deal(everything, self.task.weights, len(self.group)))
+            self.dealt(SupervisedLearner.remember_reference, np.concatenate([self.task.train, self.task.val]))
 
 
 @contextmanager
-def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[Trained]:
-    """Train; inside the context the learners still live, so that the caller can evaluate and save.
+def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[SupervisedTrainer]:
+    """Train; inside the context the learners still live, so that the caller can measure and save what they learnt.
 
     resume: given the last step, where the checkpoints are and the one from which to go on, if any.
     """
@@ -195,9 +214,7 @@ def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[Trained]:
              for rank in learner_ranks(cast, "supervised", role.ranks)],
             role.threads,
         )
-        actors = cast.ready()
         with (out_dir / "metrics.jsonl").open("a") as log:
-            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, log)
-            trainer.run(checkpoint)
-        val = group.call_each(SupervisedLearner.evaluate, deal(task.val, task.weights, len(group)))[0]
-        yield Trained(group, actors, trainer.last, val)
+            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, checkpoint, log)
+            trainer.val = trainer.persist(lambda: trainer.dealt(SupervisedLearner.evaluate, task.val)[0])
+            yield trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,29 @@ PAUSED = "PAUSED"
 
 
 class Watch:
-    """`check` and then `act` are called once per iteration. `save` keeps the policy before the run is stopped.
+    """`check` and then `act` are called once per iteration; `act` again, if an actor was lost while it did.
 
-    `<directory>/alarms.jsonl` gets a line for each alarm. A pause lasts until the file `<directory>/PAUSED`, which
-    says why, is removed; actors and weights stay as they are.
+    `save` keeps the policy before the run is stopped. `<directory>/alarms.jsonl` gets a line for each alarm. A pause
+    lasts until the file `<directory>/PAUSED`, which says why, is removed; actors and weights stay as they are. Whoever
+    gives the command of the run again lets it go on, too.
     """
 
     def __init__(self, cfg: AlarmsConfig, directory: Path, save: Callable[[], Any]):
         self.monitor, self.directory, self._save = AlarmMonitor(cfg), directory, save
         self._file = directory / "alarms.jsonl"
+        self._ringing: list[Alarm] = []  # nothing has been done about them yet
 
-    def check(self, iteration: int, values: Mapping[str, Any]) -> list[Alarm]:
-        """The alarms of this iteration, after they were reported."""
-        alarms = self.monitor.check(iteration, values)
-        for alarm in alarms:
+    def check(self, iteration: int, values: Mapping[str, Any]) -> None:
+        """Report the alarms of this iteration."""
+        self._ringing = self.monitor.check(iteration, values)
+        for alarm in self._ringing:
             console.print(f"ALARM {alarm.name}: {alarm.message}", markup=False, style="bold red", soft_wrap=True)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(alarm)) + "\n")
-        return alarms
 
-    def act(self, iteration: int, alarms: Sequence[Alarm]) -> None:
-        """Stop (by a UserError), pause, or go on."""
+    def act(self, iteration: int) -> None:
+        """Stop (by a UserError), pause, or go on, as the alarms of this iteration want it."""
+        alarms = [a for a in self._ringing if a.iteration == iteration]  # a run that went back is no longer there
         stopping = [a for a in alarms if a.action == "stop"]
         if stopping:
             self._save()
@@ -48,6 +50,7 @@ class Watch:
                             f"iteration is saved: {stopping[0].message}")
         if any(a.action == "pause" for a in alarms):
             self._pause(iteration, [a.message for a in alarms if a.action == "pause"])
+        self._ringing = []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: JSON-able."""

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
+from ray.exceptions import TaskCancelledError
 
-from rlhf_ray.actors.generator import Generator, Sample, sample_seed
+from rlhf_ray.actors import generator as module
+from rlhf_ray.actors.generator import Generator, RayEngines, Sample, sample_seed
 from rlhf_ray.core.ragged import offsets
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.engines.generation import Response
@@ -57,3 +60,38 @@ def test_empty_responses_are_dropped_and_counted() -> None:
     assert batch.positions.tolist() == [12]
     assert info.empty == 1
     assert shard((0, [], False), (3, [], False)) == []  # nothing is left to train on
+
+
+# -- calls that nobody wants any more, or that nobody answers ---------------------------------------------------------
+
+
+def test_a_call_that_was_cancelled_ends_before_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine asks before each of its steps."""
+    cancelled = iter([False, True])
+    monkeypatch.setattr(module, "ray", SimpleNamespace(get_runtime_context=lambda: SimpleNamespace(
+        is_canceled=lambda: next(cancelled))))
+
+    def sample(requests: Any, temperature: float, max_tokens: int, before_step: Any) -> Any:
+        before_step()
+        yield Response(0, np.array([7], dtype=np.int32), np.zeros(1, np.float32), False)
+        before_step()
+
+    generator = Generator()
+    generator.engine = SimpleNamespace(sample=sample)  # type: ignore[assignment]
+    responses = generator._sample([], 1.0, 8)
+    assert next(responses).index == 0
+    with pytest.raises(TaskCancelledError):
+        next(responses)
+
+
+def test_a_sync_has_one_deadline_for_all_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the learners does so for 100 s; a generator is late after 90 s, be it in the last call."""
+    clock, waits = iter([0.0, 5.0, 1000.0, 1000.0, 1050.0, 1095.0]), []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(module, "wait", lambda refs, timeout_s, what: waits.append(timeout_s) or [])
+    engines = RayEngines([], 1, 100.0)
+    engines.init([])
+    engines.start()
+    engines.update({})
+    engines.finish(2, 0)
+    assert waits == [85.0, 90.0, 40.0, 0.0]

@@ -1,13 +1,16 @@
-"""How actors are called; what does not fit a cluster is refused at once, unless nodes may still come."""
+"""How actors are called; what does not fit a cluster is refused at once, unless nodes may still come; who takes the
+place of a lost one."""
 
 import re
 import socket
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from rlhf_ray.cluster import group
+from rlhf_ray.cluster import group, health
 from rlhf_ray.cluster.health import Member
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import ClusterConfig
@@ -112,7 +115,7 @@ class Ended:
 
 
 @pytest.fixture
-def cast(monkeypatch: pytest.MonkeyPatch) -> group.Cast:
+def joined(monkeypatch: pytest.MonkeyPatch) -> group.Cast:
     """Of a joined cluster, with one generator. A reference is True if its answer is there."""
     monkeypatch.setattr(group, "Visit", Visit)
     monkeypatch.setattr(Visit, "answer", False)
@@ -136,40 +139,237 @@ def cast(monkeypatch: pytest.MonkeyPatch) -> group.Cast:
     return made
 
 
-def test_a_generator_joins_from_no_node_that_lacks_something(cast: group.Cast, monkeypatch: pytest.MonkeyPatch) -> None:
-    cast.recruit("generator", 1)
-    visit = cast._visits["generator", 1]
-    assert cast.enlist("generator") == [] and not cast.fallen("generator")  # it is up, and the node has not answered
+def test_a_generator_joins_from_no_node_that_lacks_something(
+    joined: group.Cast, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    joined.recruit("generator", 1)
+    visit = joined._visits["generator", 1]
+    assert joined.enlist("generator") == [] and not joined.fallen("generator")  # it is up, the node has not answered
     monkeypatch.setattr(Visit, "answer", True)
-    assert cast.enlist("generator") == []
-    assert [(member.index, member.words) for member in cast.fallen("generator")] == [(1, LACKS)]
-    assert visit.closed and not cast._visits  # type: ignore[attr-defined]
+    assert joined.enlist("generator") == []
+    assert [(member.index, member.words) for member in joined.fallen("generator")] == [(1, LACKS)]
+    assert visit.closed and not joined._visits  # type: ignore[attr-defined]
 
 
-def test_a_generator_joins_when_nothing_is_wrong(cast: group.Cast, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_joins_when_nothing_is_wrong(joined: group.Cast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Visit, "answer", True)
     monkeypatch.setattr(Visit, "problem", lambda visit: "")
-    cast.recruit("generator", 1)
-    assert cast.enlist("generator") == [1]
+    joined.recruit("generator", 1)
+    assert joined.enlist("generator") == [1]
 
 
 def test_who_takes_a_lost_ones_place_does_so_on_no_node_that_lacks_something(
-    cast: group.Cast, monkeypatch: pytest.MonkeyPatch,
+    joined: group.Cast, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the node lacks is told, not that the actor died of it."""
     monkeypatch.setattr(Visit, "answer", True)
     monkeypatch.setattr(group, "wait", lambda *_: 1 / 0)
-    member, = cast.health.members.values()
-    cast.replace(member)
+    member, = joined.health.members.values()
+    joined.replace(member)
     with pytest.raises(UserError, match=re.escape(LACKS)):
-        cast.ready()
+        joined.ready()
 
 
-def test_a_visit_that_was_not_answered_ends_with_the_cast(cast: group.Cast) -> None:
-    cast.recruit("generator", 1)
-    cast.recruit("generator", 2)
-    first, second = cast._visits.values()
-    cast.dismiss("generator", 1)
+def test_a_visit_that_was_not_answered_ends_with_the_cast(joined: group.Cast) -> None:
+    joined.recruit("generator", 1)
+    joined.recruit("generator", 2)
+    first, second = joined._visits.values()
+    joined.dismiss("generator", 1)
     assert first.closed and not second.closed  # type: ignore[attr-defined]
-    cast._end()
+    joined._end()
     assert second.closed  # type: ignore[attr-defined]
+
+
+# -- who takes the place of a lost one. Ray is played by a few lines here --------------------------------------------
+
+
+class Ref:
+    """A call on an actor. answer: what comes of it, or is raised; None: nothing yet."""
+
+    def __init__(self, actor: str, answer: Any):
+        self.actor, self.answer = actor, answer
+
+    def task_id(self) -> Any:
+        return SimpleNamespace(actor_id=lambda: SimpleNamespace(hex=lambda: self.actor))
+
+
+class Ray:
+    """Every actor's `setup` gives the next of `setups[ROLE-NUMBER]`, or is done at once; an actor in `dead` raises
+    whatever it is asked. calls: (full name, method)."""
+
+    def __init__(self) -> None:
+        self.setups: dict[str, list[Any]] = {}
+        self.dead, self.calls, self.killed = set[str](), list[tuple[str, str]](), list[str]()
+
+    def remote(self, **_: Any) -> Any:
+        return lambda kind: SimpleNamespace(options=lambda name, **_: SimpleNamespace(remote=lambda: Named(self, name)))
+
+    def wait(self, refs: list[Ref], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Ref], list[Ref]]:
+        return [r for r in refs if r.answer is not None], [r for r in refs if r.answer is None]
+
+    def get(self, refs: Any, timeout: float | None = None) -> Any:
+        if isinstance(refs, list):
+            return [self.get(ref) for ref in refs]
+        if isinstance(refs.answer, Exception):
+            raise refs.answer
+        return refs.answer
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor.name)
+        self.dead.add(actor.name)
+
+
+class Named:
+    def __init__(self, ray: Ray, name: str):
+        self.ray, self.name = ray, name
+        self._actor_id = SimpleNamespace(hex=lambda: name)
+
+    def __getattr__(self, method: str) -> Any:
+        def remote(*_: Any) -> Ref:
+            self.ray.calls.append((self.name, method))
+            who = {"name": self.name, "actor_class": "Role", "node": "n", "node_id": "n", "pid": 7, "logs": ()}
+            planned = self.ray.setups.get(self.name.split(".")[0], []) if method == "setup" else []
+            answer = planned.pop(0) if planned else who
+            return Ref(self.name, ActorDiedError() if self.name in self.ray.dead else answer)
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote), remote=remote)
+
+
+LATER = None  # an answer that has not come yet
+
+
+def failed(cause: Exception) -> Exception:
+    error: Exception = RayTaskError("setup", f"Traceback\n{cause!r}", cause).as_instanceof_cause()
+    return error
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    fake = Ray()
+    for module in (group, health):
+        monkeypatch.setattr(module, "ray", fake)
+    monkeypatch.setattr(group, "nodes", lambda: {"1": NodeResources("head", 8, 0)})
+    monkeypatch.setattr(group, "placement_group", lambda bundles, strategy: _Placement())
+    monkeypatch.setattr(group, "remove_placement_group", lambda placement: None)
+    monkeypatch.setattr(group, "_GRACE_S", 0.0)
+    return fake
+
+
+@pytest.fixture
+def cast(ray: Ray) -> Iterator[group.Cast]:
+    """One reward model and one reference, of which each may be tried for a second, and again twice."""
+    layout = plan_layout({"reward": RoleRequest(1, 1, 0), "reference": RoleRequest(1, 1, 0)}, "separate")
+    with group.Cast(layout, ClusterConfig(heartbeat_s=1000, start_timeout_s=1, attempts=2)) as made:
+        made._number = 1  # those of a process are numbered
+        for role in ("reward", "reference"):
+            made.start(Role, role, [()], 1)
+        yield made
+
+
+def names(members: list[Member]) -> list[tuple[str, str]]:
+    return [(member.name, member.gone) for member in members]
+
+
+def set_up(ray: Ray) -> list[str]:
+    return [name for name, method in ray.calls if method == "setup"]
+
+
+def test_what_a_setup_raises_at_the_start_is_raised_and_nobody_is_gone(ray: Ray, cast: group.Cast) -> None:
+    cast._setups["reward", 0].answer = failed(ValueError("no such model"))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="no such model") as caught:
+        cast.ready()
+    assert cast.lost(caught.value) == [] and ray.killed == []
+
+
+def lose(ray: Ray, cast: group.Cast, name: str) -> None:
+    """Everybody has come up, and then one dies and is replaced."""
+    cast.ready()
+    ray.dead.add(name)
+    (gone,) = cast.lost(ActorDiedError())
+    cast.replace(gone)
+
+
+def test_who_comes_for_another_and_fails_is_gone_too(ray: Ray, cast: group.Cast) -> None:
+    """Its GPU was still full, say: the next one may find it free."""
+    ray.setups["reward-0"] = [failed(OSError("busy"))]
+    lose(ray, cast, "reward-0.1")
+    with pytest.raises(OSError, match="busy") as caught:
+        cast.ready()
+    (gone,) = cast.lost(caught.value)
+    assert (gone.name, gone.gone, ray.killed[-1]) == ("reward-0.1.1", "failed", "reward-0.1.1")
+    assert "busy" in gone.words
+    cast.replace(gone)
+    assert [info.name for info in cast.ready()] == ["reward-0.1.2", "reference-0.1"]
+    assert set_up(ray) == ["reward-0.1", "reference-0.1", "reward-0.1.1", "reward-0.1.2"]
+
+
+def test_who_has_not_come_up_yet_is_waited_for_the_next_time(ray: Ray, cast: group.Cast) -> None:
+    ray.setups = {"reward-0": [failed(OSError("busy"))], "reference-0": [LATER]}
+    lose(ray, cast, "reward-0.1")
+    ray.dead.add("reference-0.1")
+    (gone,) = cast.lost(ActorDiedError())
+    cast.replace(gone)
+    with pytest.raises(OSError, match="busy") as caught:
+        cast.ready()
+    (gone,) = cast.lost(caught.value)
+    cast.replace(gone)
+    with pytest.raises(group.Overdue, match="start of reference, reward did not answer") as overdue:
+        cast.ready()
+    assert names(cast.lost(overdue.value)) == [("reference-0.1.1", "overdue")]
+
+
+def test_who_cannot_be_reached_is_ended(ray: Ray, cast: group.Cast) -> None:
+    """Nobody waits for what it may or may not have done."""
+    cast.ready()
+    error = ActorUnavailableError("connection reset", None)
+    error.actor_id = "reward-0.1"
+    assert names(cast.lost(error)) == [("reward-0.1", "died")]
+    assert ray.killed == ["reward-0.1"]
+
+
+# -- a call that outlives its actors -----------------------------------------------------------------------------------
+
+
+def test_a_call_is_made_again_by_whoever_takes_the_place(ray: Ray, cast: group.Cast) -> None:
+    """The second dies while it comes up: that is a loss like the first."""
+    cast.ready()
+    ray.setups["reward-0"] = [ActorDiedError()]
+    ray.dead.add("reward-0.1")
+    (info,) = cast.persist(lambda: cast.group("reward").call(Role.describe))
+    assert info["name"] == "reward-0.1.2"
+
+
+def test_the_start_is_such_a_call(ray: Ray, cast: group.Cast) -> None:
+    cast._setups["reference", 0].answer = ActorDiedError()  # type: ignore[attr-defined]
+    ray.dead.add("reference-0.1")
+    assert [info.name for info in cast.persist(cast.ready)] == ["reward-0.1", "reference-0.1.1"]
+
+
+@pytest.mark.parametrize("error", [ValueError("bad number"), failed(UserError("disk full"))])
+def test_what_no_loss_explains_is_raised(ray: Ray, cast: group.Cast, error: Exception) -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        cast.persist(call)
+    assert caught.value is error and len(calls) == 1
+
+
+def test_attempts_are_counted_from_the_last_that_got_further(ray: Ray, cast: group.Cast) -> None:
+    """Two more are allowed. The second and the fourth do a part each, so the sixth is the last."""
+    progress = iter([0, 1, 1, 2, 2, 2])
+    done = 0
+
+    def call() -> None:
+        nonlocal done
+        done = next(progress)
+        name = cast.group("reward").actors[0].name
+        ray.dead.add(name)
+        cast.group("reward").call(Role.describe)
+
+    with pytest.raises(ActorDiedError):
+        cast.persist(call, lambda: done)
+    assert list(progress) == []

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
 from rlhf_ray.cluster import health as module
 from rlhf_ray.cluster.health import Health, Member, Pulse
@@ -149,6 +149,39 @@ def test_an_answer_that_cannot_be_fetched_is_asked_for_again(ray: Ray) -> None:
     health, (member,) = watching(Actor(GetTimeoutError(), WHO))
     assert health.look() == [] and member.pid == 0
     assert health.look() == [] and member.pid == 7
+
+
+def test_who_is_out_of_reach_is_asked_again_and_its_silence_counts_from_the_first_question(ray: Ray) -> None:
+    """Asked at 100 and at 150, and each time Ray only says that it cannot be reached: at 161 its 60 s are over."""
+    unreachable = ActorUnavailableError("connection reset", None)
+    health, (member,) = watching(Actor(unreachable, unreachable, None))
+    for ray.now in (100, 150):
+        one_round(health)
+        assert not member.gone
+    ray.now = 161
+    one_round(health)
+    assert (member.gone, ray.killed) == ("hung", [member.actor])
+
+
+def test_who_cannot_say_how_it_is_lives_all_the_same(ray: Ray) -> None:
+    """`pulse` raised: no file descriptor was left to read its own memory."""
+    failed = RayTaskError("pulse", "Traceback", OSError("too many open files"))
+    health, (member,) = watching(Actor(WHO, failed, ALIVE))
+    assert health.look() == health.look() == health.look() == []
+    assert list(member.pulses) == [(1e9 + 100, ALIVE)] and ray.killed == []
+
+
+def test_what_goes_wrong_in_one_round_does_not_end_the_watch(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    health, (member,) = watching(Actor(None))
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "wait", lambda *_, **__: 1 / 0)
+        one_round(health)
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    ray.now = 161
+    one_round(health)
+    assert ray.killed == [member.actor]
 
 
 def test_who_is_forgotten_is_not_missed(ray: Ray) -> None:

@@ -77,6 +77,9 @@ DEATHS = {
     "a cut cable": ("died", UNAVAILABLE, "", None, "node_lost", "is unavailable"),
     "sys.exit": ("died", EXITED, "", 4, "python_error", "exit code 1"),
     "its constructor": ("died", CREATION, "", 4, "python_error", "RuntimeError: no file"),
+    "its setup": ("failed", str(raised(OSError("no file"))), "", 4, "python_error", "setup raised OSError: no file"),
+    "its setup on a full GPU": ("failed", str(raised(RuntimeError("CUDA out of memory."))), "", 4, "out_of_memory",
+                                "CUDA out of memory."),
     "silence": ("hung", "no sign of life for 60 s", "", 4, "hung", "no sign of life for 60 s"),
     "a late answer": ("overdue", "update did not answer within 1800 s", "", 4, "overdue", "within 1800 s"),
 }

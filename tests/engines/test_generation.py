@@ -1,9 +1,12 @@
 import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
-from rlhf_ray.engines.generation import kv_cache_bytes
+from rlhf_ray.engines.generation import GenerationEngine, Request, Response, kv_cache_bytes
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -31,3 +34,61 @@ def test_never_above_the_limit(tmp_path):
 @pytest.mark.parametrize("config", [{"model_type": "mamba", "hidden_size": 128}])
 def test_the_limit_where_the_shape_of_the_cache_is_not_known(tmp_path, config):
     assert found(tmp_path, config) == 2**30
+
+
+# -- sampling that nobody wants any more. vLLM's engine is played by a few lines here ----------------------------------
+
+
+class Engine:
+    """One request ends with each step. under_way: their names."""
+
+    def __init__(self) -> None:
+        self.under_way: list[str] = []
+
+    def add_request(self, name: str, *_: Any) -> None:
+        self.under_way.append(name)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.under_way)
+
+    def step(self) -> list[Any]:
+        answer = SimpleNamespace(token_ids=[7], logprobs=SimpleNamespace(logprobs=[-0.5]), finish_reason="stop")
+        return [SimpleNamespace(request_id=self.under_way.pop(0), finished=True, outputs=[answer])]
+
+    def abort_request(self, names: list[str]) -> None:
+        self.under_way = [name for name in self.under_way if name not in names]
+
+
+def engine() -> tuple[GenerationEngine, Engine]:
+    made, inner = GenerationEngine.__new__(GenerationEngine), Engine()
+    made.llm, made._requests = SimpleNamespace(llm_engine=inner), 0
+    return made, inner
+
+
+def sampling(made: GenerationEngine, before_step: Callable[[], object] = lambda: None) -> Iterator[Response]:
+    return made.sample([Request([5], seed) for seed in range(3)], 1.0, 8, before_step)
+
+
+def test_what_is_under_way_is_dropped_with_the_iterator_and_the_next_begins_afresh() -> None:
+    """It would go on beside the next, whose answers nobody could tell apart."""
+    made, inner = engine()
+    responses = sampling(made)
+    assert next(responses).index == 0 and inner.under_way == ["2", "3"]
+    responses.close()  # type: ignore[attr-defined]
+    assert inner.under_way == []
+    assert [response.index for response in sampling(made)] == [0, 1, 2]
+
+
+def test_so_it_is_when_somebody_objects_between_two_steps() -> None:
+    made, inner = engine()
+    wanted = iter([True, True, False])
+
+    def before_step() -> None:
+        if not next(wanted):
+            raise KeyboardInterrupt
+
+    responses = sampling(made, before_step)
+    assert [next(responses).index, next(responses).index] == [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        next(responses)
+    assert inner.under_way == []

@@ -58,6 +58,7 @@ def test_what_a_run_keeps(tmp_path: Path) -> None:
         run.log(k, {"score": k / 2, "seconds": {"rollout": 1.0}}, samples(k))
     run.model(tmp_path / "model")
     run.report(tmp_path / "report.html", {"win_rate": {"ppo_vs_sft": {"rate": 0.842}}})
+    assert run._run.settings.finish_timeout == 600.0  # else it would wait for a network that is gone
     run.close()
     run.close()
     assert tables(tmp_path) == [[[k, 0.5, f"prompt {k}", f"response {k}", 5, False]] * 3 for k in (1, 2)]

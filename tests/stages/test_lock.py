@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -95,6 +96,7 @@ def test_who_holds_it_goes_through(tmp_path: Path) -> None:
 
 AT_URL = """
 import sys
+import threading
 from rlhf_ray import storage
 from rlhf_ray.stages import lock
 lock.BEAT_S = 0.2
@@ -166,6 +168,24 @@ def test_one_who_was_taken_for_dead_writes_no_more(url: str, tmp_path: Path) -> 
         _, said = holder.communicate()
         assert holder.returncode == 1 and "was taken over by another process" in said
         assert remote.read(f"{url}/{LOCK}") == (local_root(url) / LOCK).read_bytes()
+
+
+def test_a_beat_that_hangs_holds_nobody_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is gone for one request."""
+    write, over, hangs = remote.write, threading.Event(), threading.Event()
+
+    def hanging(to: str, data: bytes) -> None:
+        if to.endswith(".beat"):
+            hangs.set()
+            over.wait(60)
+        write(to, data)
+
+    monkeypatch.setattr(remote, "write", hanging)
+    with locked(local_root(url)):
+        assert hangs.wait(10)
+    left = [thread for thread in threading.enumerate() if thread.name == "lock"]
+    over.set()
+    assert left  # nobody waited for it
 
 
 def test_the_copy_is_as_the_url_from_the_start(url: str, tmp_path: Path) -> None:

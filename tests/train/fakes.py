@@ -1,16 +1,20 @@
 """A stage whose actors are not there: what is asked of them is noted, in order."""
 
-from collections.abc import Callable
+import hashlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
-from rlhf_ray.cluster.group import Group
+from rlhf_ray.cluster import group
+from rlhf_ray.cluster.group import ActorInfo, Group
 from rlhf_ray.cluster.health import Member
 from rlhf_ray.config.schema import CheckpointConfig
+from rlhf_ray.models.shards import SavedFile, shard_name
 from rlhf_ray.train import recovery
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.recovery import Recovery, Saver
@@ -25,39 +29,52 @@ class Actor:
         self.name, self.script = name, script
 
     def __getattr__(self, method: str) -> Any:
-        def remote(*args: str) -> Call:
-            self.script.notes.append(" ".join([method, self.name, *(Path(x).name for x in args)]))
-            return lambda: self.script.answer(method)
+        def remote(*args: Any) -> Call:
+            self.script.notes.append(" ".join([method, self.name, *(Path(x).name for x in args if isinstance(x, str))]))
+            return lambda: self.script.answer(method, self.name, *args)
 
         return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
 
 
 class Script:
     """A policy of two ranks, a critic of one, a reward model. notes: what happened. losses: who is gone at each
-    look. errors: what the next calls of that name raise."""
+    look. errors: what the next calls of that name raise. answers: what calls of that name give. written: whether what
+    is written is on the disk. ranks: of each learner, if there are others."""
 
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, attempts: int = 2):
-        self.slow = False  # whether calls are still under way
-        monkeypatch.setattr(recovery, "wait", lambda calls, timeout_s, what: [call() for call in calls])
-        monkeypatch.setattr(recovery, "ray", SimpleNamespace(
-            wait=lambda calls, **_: ([], calls) if self.slow else (calls, [])))
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, attempts: int = 2,
+                 ranks: Mapping[str, int] = MappingProxyType({"policy": 2, "critic": 1})):
+        self.written = threading.Event()
+        self.written.set()
+        self.silent: list[str] = []  # ranks that write nothing
+        for module in (recovery, group):
+            monkeypatch.setattr(module, "wait", self.wait)
         self.notes: list[str] = []
         self.losses: list[list[str]] = []
         self.waiting: list[str] = []  # living learners who do not hear of a loss in their group
         self.errors: dict[str, list[BaseException]] = {}
-        self.arguments = {"policy": [("rank 0", "a"), ("rank 1", "b")], "critic": [("rank 0", "c")]}
-        self.learners = [Group(role, [Actor(f"{role}-{i}", self) for i in range(n)], 1.0)
-                         for role, n in (("policy", 2), ("critic", 1))]
+        self.answers: dict[str, Any] = {}
+        letters = iter("abc")
+        self.arguments = {role: [(f"rank {i}", next(letters)) for i in range(n)] for role, n in ranks.items()}
+        self.learners = [Group(role, [Actor(f"{role}-{i}", self) for i in range(n)], 1.0) for role, n in ranks.items()]
         self.checkpoints = Checkpoints(directory, CheckpointConfig(), {})
         self.saver = Saver(self.checkpoints, self.learners)
         cast: Any = self
         self.recovery = Recovery(cast, self.learners, self.saver, attempts, lambda: self.notes.append("connect"),
                                  self.roll_back)
 
-    def answer(self, what: str) -> list[Any]:
+    def wait(self, calls: Sequence[Call], timeout_s: float, what: str) -> list[Any]:
+        assert "writing" not in what or self.written.wait(10)
+        return [call() for call in calls]
+
+    def answer(self, what: str, name: str = "", directory: Any = "", *_: Any) -> Any:
         if self.errors.get(what):
             raise self.errors[what].pop(0)
-        return []
+        if what != "write" or name in self.silent:
+            return self.answers.get(what, [])
+        role, rank = name.split("-")
+        file = Path(directory) / shard_name(role, int(rank), len(self.arguments[role]))
+        file.touch()
+        return [SavedFile(file.name, 0, hashlib.sha256().hexdigest())]
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         self.notes.append(f"roll back to {checkpoint.step if checkpoint else 'the start'}")
@@ -88,9 +105,10 @@ class Script:
     def replace(self, member: Member, set_up: bool = True) -> None:
         self.notes.append(f"replace {member.name}" + ("" if set_up else ", to be set up with its group"))
 
-    def ready(self) -> None:
+    def ready(self) -> list[ActorInfo]:
         self.notes.append("ready")
         self.answer("ready")
+        return []
 
     def args(self, group: Group) -> list[tuple[Any, ...]]:
         return self.arguments[group.role]

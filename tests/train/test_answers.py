@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.cluster import group
 from rlhf_ray.cluster.group import Group
 from rlhf_ray.train import answers
 from rlhf_ray.train.answers import ANSWERS, forget_answers, prompt_set, sample_answers
 
-NOBODY_COMES_BACK: Any = SimpleNamespace(cfg=SimpleNamespace(attempts=0))
+NOBODY_COMES_BACK: Any = SimpleNamespace(persist=lambda call, done: call())
 PROMPTS = prompt_set([[5, 6], [7], [8, 9, 10], [11], [12]])
 
 
@@ -27,6 +29,8 @@ class Generators:
 
     def __init__(self, count: int, finishes: list[int | None] | None = None, kill_after: int = 99):
         self.calls: list[tuple[int, list[int]]] = []  # (generator, positions of its samples)
+        self.loaded: list[tuple[int, str]] = []  # (generator, path)
+        self.cancelled: list[int] = []  # numbers of calls
         self.in_hand: dict[int, int] = {}
         self.results: dict[int, list[np.ndarray]] = {}
         self.finishes, self.kill_after = deque(finishes or []), kill_after
@@ -47,16 +51,19 @@ class Generators:
     def get(self, ref: int) -> Any:
         return self.results[ref]
 
+    def cancel(self, ref: int) -> None:
+        self.cancelled.append(ref)
+
 
 class Actor:
     def __init__(self, ray: Generators, number: int):
         self.ray, self.number = ray, number
-        self.answer = self
 
-    def options(self, **_: Any) -> Actor:
-        return self
+    def __getattr__(self, method: str) -> Any:
+        remote = {"answer": self._answer, "load": lambda path: self.ray.loaded.append((self.number, path))}[method]
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote))
 
-    def remote(self, samples: Any, temperature: float, max_tokens: int) -> int:
+    def _answer(self, samples: Any, temperature: float, max_tokens: int) -> int:
         ray, ref = self.ray, len(self.ray.calls)
         assert self.number not in ray.in_hand.values(), "one part at a time"
         ray.calls.append((self.number, [s.position for s in samples]))
@@ -66,11 +73,14 @@ class Actor:
         return ref
 
 
-def sampled(ray: Generators, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[list[list[int]]]:
+def sampled(
+    ray: Generators, monkeypatch: pytest.MonkeyPatch, cast: Any = NOBODY_COMES_BACK, **changes: Any
+) -> list[list[list[int]]]:
     monkeypatch.setattr(answers, "ray", ray)
+    monkeypatch.setattr(group, "wait", lambda refs, timeout_s, what: refs)
     asked = {"per_prompt": 2, "temperature": 1.0, "max_tokens": 8, "seed": 3, "chunk": 1, **changes}
     monkeypatch.setattr(answers, "debtors", lambda refs: set())
-    found = sample_answers(NOBODY_COMES_BACK, ray.group, "model", PROMPTS, "test", **asked)
+    found = sample_answers(cast, ray.group, "model", PROMPTS, "test", **asked)
     return [[r.tolist() for r in some] for some in found]
 
 
@@ -91,8 +101,28 @@ def test_the_next_part_goes_to_whoever_is_free(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_generator_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Generators(2, [1, None])
     with pytest.raises(TimeoutError, match=r"generator\.answer did not answer within 5 s"):
-        sampled(Generators(2, [1, None]), monkeypatch)
+        sampled(ray, monkeypatch)
+    assert ray.cancelled == [0, 2]  # the others need not go on
+
+
+def test_when_generators_are_replaced_only_what_is_missing_is_sampled_by_the_right_model(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one begins with the model that the stage began with."""
+    ray, seen = Generators(2, [1, 0, None]), []
+
+    def persist(call: Any, done: Any) -> None:
+        with suppress(TimeoutError):
+            call()
+        seen.append(done())
+        ray.in_hand.clear()
+        call()
+
+    assert sampled(ray, monkeypatch, SimpleNamespace(persist=persist)) == sampled(Generators(1), monkeypatch)
+    assert seen == [2] and ray.loaded == [(0, "model"), (1, "model")] * 2
+    assert [positions for _, positions in ray.calls[4:]] == [[4, 5], [6, 7], [8, 9]]
 
 
 @pytest.mark.parametrize("kills", range(6))

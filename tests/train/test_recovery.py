@@ -128,6 +128,12 @@ def test_a_loss_during_the_rebuild_is_healed_too(script: Script) -> None:
                             "set up policy", "ready", *RESTORE_3, "roll back to 3", "connect"]
 
 
+def test_a_rebuild_that_failed_without_a_word_is_tried_again(script: Script) -> None:
+    script.errors["ready"] = [RuntimeError()]
+    assert script.heal("reward-0") is False
+    assert script.notes == ["replace reward-0", "ready", "ready", "connect"]
+
+
 def test_a_rebuild_that_was_cut_short_is_done_whole(script: Script) -> None:
     """A learner is lost, and while it comes up a reward model: the learners' group is still to be set up."""
     script.saved(3).errors["ready"], script.losses = [ActorDiedError()], [["reward-0"]]

@@ -2,6 +2,7 @@
 
 Actors are names here."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from ray.exceptions import ActorDiedError
 from rlhf_ray.actors.generator import Sample
 from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.reader import Reader
-from rlhf_ray.cluster.group import Group
+from rlhf_ray.cluster.group import Group, Overdue
 from rlhf_ray.train import rollout as module
 from rlhf_ray.train.rollout import Forgotten, Rollouts, RolloutWorkers
 from rlhf_ray.train.turns import Turns
@@ -23,7 +24,6 @@ SAMPLES = [Sample(i, i, i) for i in range(3)]
 class Actor:
     """A generator streams one shard, named after positions, and its numbers; `dead`, an error. A scorer's answer is
     (the actor, what it was asked). `calls`: all that was asked."""
-
 
     def __init__(self, name: str, dead: bool = False):
         self.name, self.dead, self._actor_id = name, dead, SimpleNamespace(hex=lambda: name)
@@ -39,6 +39,11 @@ class Actor:
         return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
 
 
+def cancelled(stream: Any) -> None:
+    """What was still to come of it is not any more."""
+    Actor.calls.append(f"cancelled: {next(stream)}")
+
+
 def get(ref: Any) -> Any:
     if isinstance(ref, Exception):
         raise ref
@@ -48,7 +53,8 @@ def get(ref: Any) -> Any:
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> RolloutWorkers:
     """Two generators, of which the first has shard 02 and the second shard 1; two reward models."""
-    monkeypatch.setattr(module, "ray", SimpleNamespace(get=get, wait=lambda refs, **_: (refs[-1:], refs[:-1])))
+    monkeypatch.setattr(module, "ray", SimpleNamespace(wait=lambda refs, **_: (refs[-1:], refs[:-1]), cancel=cancelled))
+    monkeypatch.setattr(module, "wait", lambda refs, timeout_s, what: [get(ref) for ref in refs])
     monkeypatch.setattr(module, "debtors", lambda refs: {name for name, _ in refs})
     monkeypatch.setattr(Actor, "calls", [], raising=False)
     generators, rewards, references, judges = (
@@ -121,12 +127,39 @@ def test_every_shard_is_told_of_when_it_is_there_and_those_that_were_kept_at_onc
     assert heard == ["shard 02", "shard 1"]
 
 
-def test_a_rollout_that_is_forgotten_ends(workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it waits for what nobody sends any more."""
-    def nothing(*_: Any, **__: Any) -> tuple[list[Any], list[Any]]:
-        workers.forget()
-        return [], []
-
-    monkeypatch.setattr(module.ray, "wait", nothing)
+def test_a_rollout_that_is_dropped_ends_and_the_generators_stop(
+    workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it waits for what takes long."""
+    dropped = threading.Event()
+    monkeypatch.setattr(module.ray, "wait", lambda refs, **_: dropped.set() or ([], refs))
     with pytest.raises(Forgotten):
+        workers.run(SAMPLES, 1, 2, dropped=dropped)
+    assert Actor.calls == ["g0 shard 02", "g1 shard 1", "cancelled: shard 02", "cancelled: shard 1"]
+
+
+def test_so_it_is_if_it_was_dropped_before_anybody_was_asked(workers: RolloutWorkers) -> None:
+    dropped = threading.Event()
+    dropped.set()
+    with pytest.raises(Forgotten):
+        workers.run(SAMPLES, 1, 2, dropped=dropped)
+    assert Actor.calls[2:] == ["cancelled: shard 02", "cancelled: shard 1"]
+
+
+def test_generators_that_are_late_are_named_and_stopped(
+    workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has delivered its shard, and not its numbers."""
+    clock = iter([0.0, 0.0, 5.0, 8.5])
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    answers = iter([[-1], [], []])
+    monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([refs[i] for i in next(answers)], []))
+    with pytest.raises(Overdue, match="2 of 2 generators delivered nothing within 9 s") as caught:
         workers.run(SAMPLES, 1, 2)
+    assert caught.value.debtors == {"g0", "g1"}
+    assert Actor.calls[2:] == ["cancelled: shard 02", "cancelled: numbers of shard 1"]
+
+
+def test_what_is_done_is_not_cancelled(workers: RolloutWorkers) -> None:
+    workers.run(SAMPLES, 1, 2)
+    assert not [call for call in Actor.calls if call.startswith("cancelled")]

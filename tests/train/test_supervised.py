@@ -1,11 +1,22 @@
 """What the supervised stages read, and in which order. Covers lines 33 (every epoch shuffles, nothing is dropped) and
 37 (training and validation are split by unit: a prompt with all its responses) of the rules in tests/README.md."""
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
 import numpy as np
 import pytest
+from ray.exceptions import ActorDiedError
 
+from rlhf_ray.actors.supervised import SupervisedLearner
+from rlhf_ray.config.schema import Config
+from rlhf_ray.core.types import TokenDataset
 from rlhf_ray.errors import UserError
-from rlhf_ray.train.supervised import batches, deal, split_units
+from rlhf_ray.train.checkpoint import Checkpoint
+from rlhf_ray.train.supervised import SupervisedTrainer, Task, batches, deal, split_units
+from train.fakes import Script
 
 UNITS = np.array([3, 5, 8, 13, 21, 34, 55])
 
@@ -103,3 +114,75 @@ def test_every_unit_goes_to_one_rank(ranks: int) -> None:
     calls = deal(UNITS, np.arange(60), ranks)
     assert len(calls) == ranks  # a rank without units is called too: the calls are collective
     assert sorted(np.concatenate([part for (part,) in calls])) == UNITS.tolist()
+
+
+# -- who is lost on the way. The ranks are played by train/fakes.py ---------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    made = Script(tmp_path / "checkpoints", monkeypatch, ranks={"supervised": 1})
+    made.answers = {"train": {"loss": 0.5, "pairs": 0.0}, "evaluate": {"loss": 0.25}}
+    return made
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[TextIO]:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        yield file
+
+
+def trainer(script: Script, log: TextIO, checkpoint: Checkpoint | None = None) -> SupervisedTrainer:
+    """Of three steps; no checkpoint falls due."""
+    cast: Any = script
+    none = np.zeros(0, dtype=np.int32)
+    task = Task(name="sft", objective="lm", path="", data=TokenDataset(none, none, none.astype(bool)),
+                train=np.arange(3), val=np.arange(3), weights=np.ones(3), epochs=1, batch_size=1,
+                optimizer=Config().sft.optimizer)
+    return SupervisedTrainer(Config(), task, cast, script.learners[0], 3, script.checkpoints, checkpoint, log)
+
+
+TRAIN, REPLACE = ["train supervised-0"], ["replace supervised-0, to be set up with its group"]
+ANEW = [*REPLACE, "set up supervised", "ready"]
+
+
+def evaluated(trained: SupervisedTrainer) -> dict[str, float]:
+    found: dict[str, float] = trained.persist(lambda: trained.dealt(SupervisedLearner.evaluate, trained.task.val)[0])
+    return found
+
+
+def test_a_learner_lost_after_the_last_step_learns_what_it_had_learnt_again(script: Script, log: TextIO) -> None:
+    """Nothing was saved, so it begins at the start. No line of the log is there twice."""
+    script.errors["evaluate"], script.losses = [ActorDiedError()], [["supervised-0"]]
+    assert evaluated(trainer(script, log)) == {"loss": 0.25}
+    assert script.notes == ["ready", *TRAIN * 3, "evaluate supervised-0", *ANEW, *TRAIN * 3, "evaluate supervised-0"]
+    lines = Path(log.name).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_what_comes_after_needs_no_step_again(script: Script, log: TextIO) -> None:
+    trained = trainer(script, log)
+    evaluated(trained)
+    script.notes.clear()
+    trained.save_model(Path("model"), "float32")
+    assert script.notes == ["save supervised-0 model float32"]
+
+
+def test_one_that_is_lost_while_it_starts_or_restores_is_replaced(script: Script, log: TextIO) -> None:
+    script.saver.save(2, {"step": 2, "last": {}, "metrics": 0}, {})
+    script.saver.finish()
+    script.notes.clear()
+    script.errors = {"ready": [ActorDiedError()], "restore": [ActorDiedError()]}
+    script.losses = [["supervised-0"], ["supervised-0"]]
+    assert evaluated(trainer(script, log, script.checkpoints.newest())) == {"loss": 0.25}
+    restore = "restore supervised-0 step-00000002"
+    assert script.notes == ["ready", *ANEW, restore, *ANEW, restore, "ready", restore, *TRAIN, "evaluate supervised-0"]
+
+
+def test_a_measurement_that_goes_wrong_costs_no_step(script: Script, log: TextIO) -> None:
+    """What was learnt is saved before the error is told."""
+    script.errors["evaluate"] = [ValueError("bad number")]
+    with pytest.raises(ValueError, match="bad number"):
+        evaluated(trainer(script, log))
+    found = script.checkpoints.newest()
+    assert found is not None and found.step == 3

@@ -3,24 +3,27 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from rlhf_ray.config.schema import AlarmsConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.train.watch import PAUSED, Watch
 
 
-def watch(tmp_path: Path, action: str, saved: list[str]) -> Watch:
+def watch(tmp_path: Path, action: str, saved: list[str] | Callable[[], None]) -> Watch:
     cfg = AlarmsConfig()
     cfg.kl.threshold, cfg.kl.action, cfg.kl.cooldown = 10.0, action, 1
-    return Watch(cfg, tmp_path, lambda: saved.append("policy"))
+    return Watch(cfg, tmp_path, saved if callable(saved) else lambda: saved.append("policy"))
 
 
 def run(w: Watch, *kls: float, first: int = 1) -> None:
     for iteration, kl in enumerate(kls, start=first):
-        w.act(iteration, w.check(iteration, {"kl_per_sequence": kl}))
+        w.check(iteration, {"kl_per_sequence": kl})
+        w.act(iteration)
 
 
 def rang(tmp_path: Path) -> list[tuple[int, float]]:
@@ -40,19 +43,60 @@ def test_checking_reports_and_only_acting_stops(tmp_path: Path) -> None:
     """Between the two the trainer saves its checkpoint."""
     saved: list[str] = []
     w = watch(tmp_path, "stop", saved)
-    alarms = w.check(7, {"kl_per_sequence": 11.0})
-    assert [(a.name, a.iteration, a.action) for a in alarms] == [("kl", 7, "stop")]
+    w.check(7, {"kl_per_sequence": 11.0})
     assert rang(tmp_path) == [(7, 11.0)] and saved == []
     with pytest.raises(UserError, match=r"stopped in iteration 7 by alarms\.kl, .*saved: .*KL"):
-        w.act(7, alarms)
+        w.act(7)
     assert saved == ["policy"]
+
+
+def test_a_stop_is_not_forgotten_because_somebody_was_lost_in_it(tmp_path: Path) -> None:
+    """The learner that was to save dies; another has its state when the trainer asks again."""
+    saved: list[str] = []
+    answers = iter([ActorDiedError(), None])
+
+    def save() -> None:
+        if error := next(answers):
+            raise error
+        saved.append("policy")
+
+    w = watch(tmp_path, "stop", save)
+    w.check(7, {"kl_per_sequence": 11.0})
+    with pytest.raises(ActorDiedError):
+        w.act(7)
+    with pytest.raises(UserError, match="stopped in iteration 7"):
+        w.act(7)
+    assert saved == ["policy"]
+
+
+def test_a_run_that_went_back_is_not_stopped_before_it_is_there_again(tmp_path: Path) -> None:
+    saved: list[str] = []
+    w = watch(tmp_path, "stop", saved)
+    w.check(7, {"kl_per_sequence": 11.0})
+    w.act(5)
+    assert saved == []
+
+
+def test_what_was_done_about_is_not_done_again(tmp_path: Path) -> None:
+    """An actor is lost in the iteration after a pause."""
+    w = watch(tmp_path, "pause", [])
+    w.check(2, {"kl_per_sequence": 11.0})
+
+    def remove() -> None:
+        while not (tmp_path / PAUSED).exists():
+            time.sleep(0.01)
+        (tmp_path / PAUSED).unlink()
+
+    threading.Thread(target=remove, daemon=True).start()
+    w.act(2)
+    w.act(2)  # at once
 
 
 def test_a_pause_lasts_until_its_file_is_removed(tmp_path: Path) -> None:
     w, flag = watch(tmp_path, "pause", []), tmp_path / PAUSED
-    alarms = w.check(2, {"kl_per_sequence": 11.0})
+    w.check(2, {"kl_per_sequence": 11.0})
     assert not flag.exists()
-    thread = threading.Thread(target=w.act, args=(2, alarms), daemon=True)
+    thread = threading.Thread(target=w.act, args=(2,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 10
     while not (flag.exists() and flag.read_text()) and time.monotonic() < deadline:
