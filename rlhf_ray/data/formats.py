@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rlhf_ray import disk
 from rlhf_ray.errors import UserError
 
 T = TypeVar("T")
@@ -270,10 +271,5 @@ def comparison_row(c: Comparison) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write all rows, or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    """Write all rows, or nothing. Raises UserError."""
+    disk.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

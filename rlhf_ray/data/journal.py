@@ -7,7 +7,6 @@ sample, and the token ids of its responses. A line counts once its newline is on
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from rlhf_ray.errors import UserError
+from rlhf_ray import disk
 
 
 class Journal:
@@ -25,7 +24,6 @@ class Journal:
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any]):
-        self.path = path
         self.parts: dict[int, list[np.ndarray]] = {}  # by first sample: token ids int32 [n] of each response
         wanted, whole = _line(header), 0
         for i, line in enumerate(_lines(path)):
@@ -37,34 +35,19 @@ class Journal:
                 except (ValueError, TypeError, KeyError, OverflowError):
                     break
             whole += len(line)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab")
-            self._file.truncate(whole)
-            if not whole:
-                self._write(wanted)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        self.path, self._log = path, disk.Log(path)
+        self._log.rewind(whole)
+        if not whole:
+            self._log.add(wanted)
 
     def add(self, first: int, responses: Sequence[np.ndarray]) -> None:
         """Keep a finished part: responses int32 [n] of the samples from number `first` on. On disk when this returns.
 
         Raises UserError if the disk is full or read-only.
         """
-        try:
-            self._write(_line({"first": first, "ids": [r.tolist() for r in responses]}))
-        except OSError as error:
-            raise self._unwritable(error) from error
+        self._log.add(_line({"first": first, "ids": [r.tolist() for r in responses]}))
+        self._log.sync()
         self.parts[first] = list(responses)
-
-    def _write(self, line: bytes) -> None:
-        self._file.write(line)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"cannot write {self.path}: {error.strerror}; free space there, or move output_dir; the parts "
-                         "written before are kept")
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +55,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._log.close()
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf_ray import disk
 from rlhf_ray.data.formats import Demonstration, Message, Prompt
 from rlhf_ray.errors import UserError
 
@@ -50,8 +51,7 @@ class ReviewSplit:
 
     def save(self, path: Path) -> None:
         """Write the split down: seed, hash of the corpus, and the document numbers of every part."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({
+        disk.write_text(path, json.dumps({
             "seed": self.seed, "corpus_sha256": self.corpus_sha256,
             "counts": {name: len(ids) for name, ids in self.parts.items()},
             "documents": {name: ids.tolist() for name, ids in self.parts.items()},

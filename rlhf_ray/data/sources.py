@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
+from rlhf_ray import disk, storage
 from rlhf_ray.config.checks import STAGE_DATA
 from rlhf_ray.config.schema import DataConfig
 from rlhf_ray.data import formats, reasoning, reviews
@@ -50,13 +51,6 @@ class TaskData(Protocol):
     def verifier(self) -> Verifier | None: ...
 
 
-@lru_cache
-def _contents(path: str, size: int, mtime_ns: int) -> str:
-    """sha256 of a file; size and time are there so that a file that changed is read again."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class FileData:
     """The user's files, read when they are asked for."""
 
@@ -87,7 +81,7 @@ class FileData:
         for key, value in sorted(vars(self.cfg).items()):
             facts[key] = value
             if isinstance(value, str) and not value.startswith("hf://") and Path(value).is_file():
-                facts[key] = _contents(value, Path(value).stat().st_size, Path(value).stat().st_mtime_ns)
+                facts[key] = storage.digest(Path(value), Path(value).stat().st_size)
         return _sha256(facts)
 
     def counts(self) -> dict[str, int]:
@@ -242,8 +236,7 @@ class ReasoningData:
 
     def save_split(self, path: Path) -> None:
         """What the parts were drawn from, their counts and hashes, and the held-out questions themselves."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({
+        disk.write_text(path, json.dumps({
             "task": self.task, "options": reasoning.TASKS[self.task], "seed": self.seed,
             "held_out_every": reasoning.HELD_OUT_EVERY, "reasoning_gym": find("reasoning-gym"),
             "counts": self.counts(), "sha256": self._sha256, "held_out": [_asked(p) for p in self._held_out],

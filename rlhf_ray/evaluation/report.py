@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from rlhf_ray import disk
 from rlhf_ray.evaluation.plots import (
     accuracy_plot,
     diagnostic_plots,
@@ -57,8 +57,8 @@ def write_report(
     plain = _plain(report, "report")
     out_dir.mkdir(parents=True, exist_ok=True)
     # The numbers first: a page that cannot be drawn must not cost them.
-    _write_atomic(out_dir / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
-    _write_atomic(out_dir / "report.html", render_html(plain, history, samples))
+    disk.write_text(out_dir / "report.json", json.dumps(plain, indent=2, allow_nan=False) + "\n")
+    disk.write_text(out_dir / "report.html", render_html(plain, history, samples))
 
 
 def headline(report: Mapping[str, Any]) -> str | None:
@@ -393,12 +393,3 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{path} is not finite: {value}")
     return str(value) if isinstance(value, Path) else value
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)  # noqa: PTH105
-    finally:
-        partial.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ A few of its responses go to samples.jsonl, and to wandb.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf_ray.core.types import SampleText
+from rlhf_ray.disk import Log
 from rlhf_ray.metrics.gauges import Gauges
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.wandb_run import WandbRun
@@ -29,33 +29,6 @@ _SHOWN = (
 )
 
 
-class _Lines:
-    """A file of JSON lines that can go back to where it was."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
-
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """They are with the operating system when this returns. JSON has no NaN or infinity: these become null."""
-        self._file.writelines(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
-        self._file.flush()
-
-    @property
-    def position(self) -> int:
-        """Length of the file, bytes; it is on the disk when this returns."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def rewind(self, position: int) -> None:
-        """Forget everything after `position`."""
-        position = min(position, self.position)  # a file that lost lines must not be filled up with zeros
-        self._file.truncate(position)
-        self._file.seek(position)
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class Recorder:
     """Appends to `<run_dir>/metrics.jsonl` and `samples.jsonl`, prints, sets Ray's gauges, and forwards to wandb.
 
@@ -65,19 +38,21 @@ class Recorder:
     """
 
     def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._total: int | None = (config.get("ppo") or {}).get("iterations")
-        self._files = {name: _Lines(run_dir / name) for name in (METRICS, SAMPLES)}
+        self._files = {name: Log(run_dir / name) for name in (METRICS, SAMPLES)}
         self._gauges = Gauges(run_dir.resolve().parent.name)
         self._wandb: WandbRun | None = None
         if wandb_mode != "disabled":
-            goes_on = self._files[METRICS].position > 0  # a stage that goes on is the same run there
+            goes_on = self._files[METRICS].sync() > 0  # a stage that goes on is the same run there
             self._wandb = WandbRun(run_dir, wandb_mode, project, config, goes_on, self._total)
 
     def log(self, iteration: int, values: Mapping[str, Any], samples: Sequence[SampleText] = ()) -> None:
-        """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase."""
-        self._files[METRICS].add([{"iteration": iteration, **values}])
-        self._files[SAMPLES].add([{"iteration": iteration, **asdict(sample)} for sample in samples])
+        """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase.
+
+        Raises UserError if the disk is full or read-only.
+        """
+        self._files[METRICS].add(json_lines({"iteration": iteration, **values}))
+        self._files[SAMPLES].add(json_lines(*({"iteration": iteration, **asdict(sample)} for sample in samples)))
         console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
         self._gauges.set({"running": 1, "iteration": iteration, **values})
         if self._wandb is not None:
@@ -91,7 +66,7 @@ class Recorder:
     @property
     def positions(self) -> dict[str, int]:
         """Length of each file, bytes; what was recorded so far is on the disk when this returns."""
-        return {name: file.position for name, file in self._files.items()}
+        return {name: file.sync() for name, file in self._files.items()}
 
     def rewind(self, positions: Mapping[str, int]) -> None:
         """Forget everything after `positions`: a resumed run records it again."""
@@ -136,6 +111,11 @@ def read_history(run_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def json_lines(*rows: Mapping[str, Any]) -> bytes:
+    """A line for each. JSON has no NaN or infinity: these become null."""
+    return "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Loading and saving Hugging Face models and tokenizers."""
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlhf_ray import storage
+from rlhf_ray import disk, storage
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.light import import_transformers
@@ -117,22 +116,24 @@ def shares_prompts(model: Any, cfg: ModelConfig) -> bool:
 
 def save_model(
     model: Any, weights: Iterable[tuple[str, Tensor]], tokenizer: PreTrainedTokenizerBase, path: Path,
-    dtype: str, **config: Any,
+    dtype: str, readme: str | None = None, **config: Any,
 ) -> None:
-    """Write a Hugging Face directory, whole or not at all. `config` goes into config.json."""
+    """Write a Hugging Face directory, whole or not at all; it is on the disk when this returns. Raises UserError.
+
+    readme: its README.md, if it is to have one. `config` goes into config.json.
+    """
     state = {name: tensor.detach().to("cpu", getattr(torch, dtype)).clone() for name, tensor in weights}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
     saved = model.config.to_diff_dict() | {"dtype": dtype, "architectures": [type(model).__name__]} | config
-    (temporary / "config.json").write_text(json.dumps(saved, indent=2, default=str) + "\n")
-    tokenizer.save_pretrained(temporary)
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)  # at every moment one whole model is there
-    temporary.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    with disk.replacing(path) as fresh:
+        save_file(state, fresh / "model.safetensors", metadata={"format": "pt"})
+        (fresh / "config.json").write_text(json.dumps(saved, indent=2, default=str) + "\n")
+        # safetensors writes for the owner alone; whoever serves the model may be somebody else
+        (fresh / "model.safetensors").chmod((fresh / "config.json").stat().st_mode & 0o777)
+        try:
+            tokenizer.save_pretrained(fresh)
+        except Exception as error:  # of a full disk tokenizers says no more than that
+            raise OSError(str(error)) from error
+        if readme is not None:
+            (fresh / "README.md").write_text(readme, encoding="utf-8")

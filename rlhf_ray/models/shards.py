@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rlhf_ray import disk
 from rlhf_ray.errors import UserError
 
 WEIGHT = "weight"
@@ -61,26 +62,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    try:
-        with open(path, "wb", buffering=0, opener=_past_the_cache) as file, mmap.mmap(-1, _CHUNK) as buffer:
-            filled = 0
-            for piece in (struct.pack("<Q", len(text)) + text, *(_bytes(tensor) for _, tensor in ordered)):
-                digest.update(piece)
-                rest = memoryview(piece)
-                while rest:
-                    part, rest = rest[: _CHUNK - filled], rest[_CHUNK - filled :]
-                    buffer[filled : filled + len(part)] = part
-                    filled += len(part)
-                    if filled == _CHUNK:
-                        _write_all(file, buffer, filled)
-                        filled = 0
-            _write_all(file, buffer, math.ceil(filled / mmap.PAGESIZE) * mmap.PAGESIZE)
-            os.truncate(file.fileno(), 8 + len(text) + end)
-            os.fsync(file.fileno())
-        return SavedFile(path.name, path.stat().st_size, digest.hexdigest())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; free space there, or move output_dir; checkpoints written "
-                        "before are as they were") from error
+    with (disk.writing(path), open(path, "wb", buffering=0, opener=_past_the_cache) as file,
+          mmap.mmap(-1, _CHUNK) as buffer):
+        filled = 0
+        for piece in (struct.pack("<Q", len(text)) + text, *(_bytes(tensor) for _, tensor in ordered)):
+            digest.update(piece)
+            rest = memoryview(piece)
+            while rest:
+                part, rest = rest[: _CHUNK - filled], rest[_CHUNK - filled :]
+                buffer[filled : filled + len(part)] = part
+                filled += len(part)
+                if filled == _CHUNK:
+                    _write_all(file, buffer, filled)
+                    filled = 0
+        _write_all(file, buffer, math.ceil(filled / mmap.PAGESIZE) * mmap.PAGESIZE)
+        os.truncate(file.fileno(), 8 + len(text) + end)
+        os.fsync(file.fileno())
+        return SavedFile(path.name, 8 + len(text) + end, digest.hexdigest())
 
 
 def _bytes(tensor: Tensor) -> Any:

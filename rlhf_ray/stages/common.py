@@ -10,8 +10,9 @@ from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray import storage
+from rlhf_ray import disk, storage
 from rlhf_ray.config.load import config_fingerprint, to_yaml
+from rlhf_ray.config.reward_sources import source_file
 from rlhf_ray.config.schema import Config
 from rlhf_ray.data.sources import load_task_data, read_by
 from rlhf_ray.errors import UserError
@@ -19,7 +20,7 @@ from rlhf_ray.metrics.memory import RssSampler
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.stages.lock import locked
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
-from rlhf_ray.train.identity import check_same_run, identity_of
+from rlhf_ray.train.identity import check_same_run, differences, identity_of
 
 JOB_DIRECTORIES = "working_dir_files"  # where Ray unpacks what came along with a job
 
@@ -103,14 +104,6 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=_plain) + "\n")
-    temporary.replace(path)
-
-
 # The sections of the configuration that each stage's result depends on, besides the stages before it.
 DEPENDS = {
     "pretrain": ["seed", "model", "data", "pretrain", "roles.supervised"],
@@ -131,29 +124,24 @@ def fingerprints(cfg: Config) -> dict[str, str]:
     for name in cfg.stages:
         data = read_by(name, cfg.data)
         facts = config_fingerprint(replace(cfg, data=data), DEPENDS[name]), load_task_data(data).fingerprint()
-        chain = hashlib.sha256(" ".join((chain, name, *facts)).encode()).hexdigest()
+        code = reward_code(cfg).values() if name == "ppo" else ()
+        chain = hashlib.sha256(" ".join((chain, name, *facts, *code)).encode()).hexdigest()
         out[name] = chain
     return out
 
 
-_MIB = 1 << 20
-
-
 def model_fingerprint(path: str) -> str:
-    """Of a local model (or one file) a hash (sha256, hex), the same wherever it is copied to; of a hub model, its name.
-
-    Of names, sizes and contents of its files; of those above 1 MiB, the first and the last MiB.
-    """
+    """Of a local model (or one file) a hash (hex) of names and contents of its files, the same wherever it is copied
+    to; of a hub model, its name."""
     sizes = storage.sizes(Path(path))
-    facts = [(file.name, sizes[file], *_ends(file, sizes[file])) for file in sorted(sizes)]
+    facts = [(file.name, storage.digest(file, sizes[file])) for file in sorted(sizes)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else path
 
 
-def _ends(path: Path, size: int) -> tuple[str, str]:
-    """sha256 of the first and of the last MiB of a file."""
-    ends = (0, min(size, _MIB)), (max(0, size - _MIB), size)
-    first, last = (hashlib.sha256(storage.read(path, *end)).hexdigest() for end in ends)
-    return first, last
+def reward_code(cfg: Config) -> dict[str, str]:
+    """Of every reward function: source -> hash of the file in which it is written, without what that file imports."""
+    files = {source: source_file(source) for source in cfg.reward.sources}
+    return {source: hashlib.sha256(file.read_bytes()).hexdigest() for source, file in files.items() if file}
 
 
 def stage_record(cfg: Config, name: str) -> dict[str, Any] | None:
@@ -168,24 +156,27 @@ def resumed(
     """The checkpoints of a stage, and the one from which to go on: None to start over.
 
     models: what the stage starts from, by name; last: the step at which it is done. A stage that had ended well starts
-    over, unless it only has to go further now. Raises UserError if the checkpoints of an unfinished one are of another
-    run.
+    over, unless it only has to go further now; a line says why. Raises UserError if the checkpoints of an unfinished
+    one are of another run.
     """
     record.started = True
     now = identity_of(record.name, cfg, load_task_data(read_by(record.name, cfg.data)).fingerprint(),
-                      {name: model_fingerprint(str(path)) for name, path in models.items()})
+                      {name: model_fingerprint(str(path)) for name, path in models.items()},
+                      reward_code(cfg) if record.name == "ppo" else {})
     checkpoints = Checkpoints(Paths(cfg).stage(record.name) / "checkpoints", cfg.checkpoint, now)
     newest = None if cfg.resume == "never" else checkpoints.newest()
-    if newest:
-        try:
-            check_same_run(newest.identity, now, DEPENDS[record.name])
-        except UserError:
-            if not record.done_before:
-                raise
+    if newest and record.done_before:
+        why = differences(newest.identity, now, DEPENDS[record.name])
+        if newest.step >= last:
+            why.append(f"it was at step {newest.step} of {last} already")
+        if why:
+            console.print(f"{record.name} had ended well and starts over, without its checkpoints: {'; '.join(why)}",
+                          markup=False)
             newest = None
-    if newest is None or (record.done_before and newest.step >= last):
+    if newest:
+        check_same_run(newest.identity, now, DEPENDS[record.name])
+    else:
         checkpoints.clear()
-        return checkpoints, None
     return checkpoints, newest
 
 
@@ -197,30 +188,33 @@ def stage(cfg: Config, name: str) -> Iterator[StageRecord]:
     """
     directory = Paths(cfg).stage(name)
     with locked(directory.parent):
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / "stage.json"
-        before = file.read_bytes() if file.is_file() else None
-        record = StageRecord(name, before is not None)
-        (directory / "config.yaml").write_text(to_yaml(cfg))
+        file, before = directory / "stage.json", directory / ".stage.json.old"
+        record = StageRecord(name, file.is_file())
+        disk.write_text(directory / "config.yaml", to_yaml(cfg))
         load_task_data(cfg.data).save_split(directory.parent / "split.json")
         storage.publish(directory.parent / "split.json")
         console.rule(f"[bold]{name}")
         fingerprint = fingerprints(cfg).get(name)  # of what the stage is about to read
         started = time.monotonic()
-        file.unlink(missing_ok=True)
+        with disk.writing(file):
+            before.unlink(missing_ok=True)
+            if record.done_before:
+                file.rename(before)
         storage.withdraw(file)
         storage.publish(directory, storage.of_driver)
         try:
             with RssSampler() as memory:
                 yield record
         except BaseException:
-            if before is not None and not record.started:
-                file.write_bytes(before)
+            if record.done_before and not record.started:
+                before.rename(file)
+            before.unlink(missing_ok=True)
             storage.publish(directory, storage.of_driver)
             raise
         record.add(seconds=time.monotonic() - started, peak_rss_gib=memory.peak_gib,
                    fingerprint=fingerprint)
-        write_json(file, record.values)
+        disk.write_text(file, json.dumps(record.values, indent=2, default=_plain) + "\n")
+        before.unlink(missing_ok=True)
         storage.publish(directory, storage.of_driver)
         if name != "ppo":  # whose checkpoints are worth a look, an export, or more iterations
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)

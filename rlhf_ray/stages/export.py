@@ -6,18 +6,16 @@ It reads the run and changes nothing in it: a run that is still training may be 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_ray import storage
+from rlhf_ray import disk, storage
 from rlhf_ray.actors.policy import EMA
 from rlhf_ray.config.schema import Config, ModelConfig
 from rlhf_ray.errors import UserError
@@ -41,6 +39,8 @@ def export(cfg: Config) -> None:
     paths, source = Paths(cfg), cfg.export.source
     target = Path(cfg.export.path).expanduser().resolve() if cfg.export.path else paths.root.resolve() / "export"
     storage.fetch(target, lambda name: not name.endswith(".safetensors"))
+    with disk.writing(target):
+        disk.restore(target)
     check_target(target)
     checkpoint = choose(cfg)
     if checkpoint is None:
@@ -59,10 +59,8 @@ def export(cfg: Config) -> None:
                         f"`rlhf-ray {source}` again") from error
     model = (load_scalar_model if source == "rm" else load_causal_lm)(shape, ModelConfig(dtype=saved))
     weights = of_checkpoint(model, checkpoint) if checkpoint else model.named_parameters()
-    try:
-        write(model, weights, shape, target, dtype, source == "rm", text)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot export {source} to {target}: {error}; make room there, or set export.path") from error
+    extra = of_rewards(model, shape) if source == "rm" else {}
+    save_model(model, weights, load_tokenizer(shape), target, dtype, text, **extra)
     storage.publish(target, exact=True)
     storage.settle()
     step = f", step {checkpoint.step}" if checkpoint else ""
@@ -144,23 +142,10 @@ def origin(cfg: Config, checkpoint: Checkpoint | None, dtype: str) -> Origin:
     return Origin(source, config, record["data"], versions, when, dtype, record=record, metrics=metrics, report=report)
 
 
-def write(
-    model: Any, weights: Iterable[tuple[str, Tensor]], tokenizer: str, target: Path, dtype: str, scores: bool, text: str
-) -> None:
-    """Write the directory beside its place, then put it there: whole or not at all."""
-    extra: dict[str, Any] = {}
-    if scores:
-        extra[SCORE_SHIFT] = score_shift(tokenizer)
-        if model.config.pad_token_id == model.config.eos_token_id:
-            # transformers reads the score off the last token that is no padding, which is to be the EOS
-            extra["pad_token_id"] = None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as beside:
-        new = Path(beside) / "new"
-        save_model(model, weights, load_tokenizer(tokenizer), new, dtype, **extra)
-        (new / "README.md").write_text(text, encoding="utf-8")
-        # safetensors writes for the owner alone; whoever serves the model may be somebody else
-        (new / "model.safetensors").chmod((new / "config.json").stat().st_mode & 0o777)
-        if target.exists():
-            target.rename(Path(beside) / "old")
-        new.rename(target)
+def of_rewards(model: Any, path: str) -> dict[str, Any]:
+    """What config.json of a reward model needs besides the model's own."""
+    needed: dict[str, Any] = {SCORE_SHIFT: score_shift(path)}
+    if model.config.pad_token_id == model.config.eos_token_id:
+        # transformers reads the score off the last token that is no padding, which is to be the EOS
+        needed["pad_token_id"] = None
+    return needed

@@ -10,11 +10,13 @@ from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.group import Cast, Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
+from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.core.types import PromptTexts
 from rlhf_ray.data.blocks import block_dataset, token_blocks
 from rlhf_ray.data.prompts import PromptStream, encode_prompts
 from rlhf_ray.data.sources import load_task_data
 from rlhf_ray.data.templates import render_prompt
+from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.recorder import METRICS, SAMPLES, Recorder
 from rlhf_ray.models.hub import check_same_tokenizer, load_tokenizer
 from rlhf_ray.stages.common import Paths, resumed, stage
@@ -30,6 +32,25 @@ from rlhf_ray.train.watch import Watch
 def optimizer_steps(cfg: Config, iterations: int) -> int:
     """Optimizer steps of a learner over so many iterations."""
     return iterations * cfg.algorithm.ppo_epochs * math.ceil(cfg.rollout.batch_size / cfg.algorithm.minibatch_size)
+
+
+def other_rates(cfg: Config, was: int, done: int) -> str | None:
+    """What to say of learning rates when a run goes on after iteration `done` with another ppo.iterations than `was`;
+    None if they stay as they were."""
+    p, total = cfg.ppo, cfg.ppo.iterations
+    learners = [("critic", p.critic_optimizer, 0)] if cfg.algorithm.name == "ppo" else []
+    learners.append(("policy", p.policy_optimizer, p.critic_warmup_iterations if learners else 0))
+    changes = []
+    for name, o, warmup in learners:
+        first = optimizer_steps(cfg, max(0, done - warmup))
+        before, now = (lr_scale(first, max(1, optimizer_steps(cfg, n - warmup)), o.warmup_ratio, o.schedule,
+                                o.min_lr_ratio) for n in (was, total))
+        if before != now:
+            changes.append(f"{name} {now:.0%} of the peak instead of {before:.0%}")
+    if done >= total or not changes:
+        return None
+    return (f"ppo.iterations was {was} in the checkpoint, is {total} now, and the learning rates go on as in a run of "
+            f"{total}: in iteration {done + 1} {', '.join(changes)}")
 
 
 def run(cfg: Config) -> None:
@@ -49,6 +70,10 @@ def run(cfg: Config) -> None:
         layout = roles.layout_of(cfg, names)
         models = {"sft": paths.sft, **({"rm": paths.reward} if roles.MODEL in cfg.reward.sources else {})}
         checkpoints, checkpoint = resumed(cfg, record, models, p.iterations)
+        if checkpoint:
+            was = checkpoint.identity["config"]["ppo"]["iterations"]
+            if line := other_rates(cfg, was, checkpoint.step):
+                console.print(line, markup=False)
         directory, log = paths.stage("ppo"), cfg.logging
         for old in ("PAUSED", *(() if checkpoint else (METRICS, SAMPLES, "alarms.jsonl", WANTED))):
             (directory / old).unlink(missing_ok=True)

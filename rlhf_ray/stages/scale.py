@@ -6,6 +6,7 @@ import time
 
 import yaml
 
+from rlhf_ray import disk
 from rlhf_ray.config.schema import Config
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.overview import RunFiles
@@ -27,8 +28,5 @@ def run(cfg: Config) -> None:
     if yaml.safe_load((root / "ppo/config.yaml").read_text())["cluster"]["placement"] == "colocated":
         raise UserError(f"output_dir={cfg.output_dir}: with cluster.placement=colocated every generator shares the "
                         "device of a policy rank, and their number stays as it is")
-    file = root / "ppo" / WANTED
-    fresh = file.with_name(file.name + ".tmp")
-    fresh.write_text(f"{wanted}\n")
-    fresh.replace(file)
+    disk.write_text(root / "ppo" / WANTED, f"{wanted}\n")
     console.print(f"generators wanted: {wanted}; they join or leave at a weight sync, once they are up")

@@ -18,7 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray import storage
+from rlhf_ray import disk, storage
 from rlhf_ray.config.schema import CheckpointConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
@@ -29,7 +29,6 @@ from rlhf_ray.train.manifest import (
     NotWhole,
     check_written,
     read_manifest,
-    sync,
     verify,
     write_manifest,
 )
@@ -46,10 +45,32 @@ class Checkpoint:
         """The driver's own state, as `commit` was given it."""
         return self.manifest["state"]
 
+    def state_like(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        """`state`, for a run that begins with the state `start`. A mapping that is empty there has keys that are data.
+
+        Raises UserError if the two have other keys: whoever wrote the checkpoint was not this version.
+        """
+        found, known = keys(self.state, start), keys(start, start)
+        wrong = [f"{what} {', '.join(sorted(some))}" for what, some in
+                 (("it lacks", known - found), ("this version does not know its", found - known)) if some]
+        if wrong:
+            raise UserError(f"{storage.shown(self.directory)} is of another version of rlhf_ray: {'; '.join(wrong)}; "
+                            "go on with the version that wrote it, or start over with resume=never")
+        return self.state
+
     @property
     def identity(self) -> dict[str, Any]:
         """Of the run that saved it: see identity.py."""
         return self.manifest["identity"]
+
+
+def keys(state: Mapping[str, Any], start: Mapping[str, Any]) -> set[str]:
+    """Dotted names of all that is in a state, as deep as in that of the start."""
+    found = set(state)
+    for name, value in state.items():
+        if isinstance(value, Mapping) and (then := start.get(name)):
+            found |= {f"{name}.{inner}" for inner in keys(value, then)}
+    return found
 
 
 class Checkpoints:
@@ -93,7 +114,7 @@ class Checkpoints:
             if final.exists():  # it was found damaged, or is saved for the second time
                 final.rename(self._replaced(step))
             born.rename(final)
-            sync(self.directory)
+            disk.sync(self.directory)
         self._damaged.discard(step)
         storage.publish(self.directory.parent, storage.of_driver)  # metrics and all, and then the manifest
         try:
@@ -199,14 +220,7 @@ class Checkpoints:
         try:
             yield
         except OSError as error:
-            what, free = "" if step is None else f" the checkpoint of step {step}", _free_gib(self.directory)
+            told = disk.unwritable(self.directory, error, "" if step is None else f"the checkpoint of step {step} in ")
             with suppress(OSError):
                 self._tidy()
-            raise UserError(f"cannot write{what} in {self.directory}: {error.strerror or error}; {free:.2f} GiB are "
-                            "free there; checkpoints written before are as they were: make room or make it writable, "
-                            "and give the same command again") from error
-
-
-def _free_gib(directory: Path) -> float:
-    there = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free / 2**30
+            raise told from error

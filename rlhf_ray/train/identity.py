@@ -16,24 +16,27 @@ from rlhf_ray.versions import find, installed
 FREE = ("output_dir", "roles", "weight_sync", "cluster", "logging", "alarms", "checkpoint", "eval",
         "ppo.iterations", "model.path", *(f"data.{name}" for name in (
             "demonstrations", "comparisons", "compare_prompts", "ppo_prompts", "eval_prompts", "texts", "eval_texts")))
-_COMPUTES = ("torch", "vllm", "deepspeed", "transformers", "ray")  # their versions can change the last digits
+# Their versions can change the last digits.
+_COMPUTES = ("python", "torch", "vllm", "deepspeed", "transformers", "ray", "numpy", "safetensors")
 
 
-def identity_of(stage: str, cfg: Config, data: str, models: Mapping[str, str]) -> dict[str, Any]:
-    """What a checkpoint records of its run. data: fingerprint; models: name to fingerprint, each short enough to be
-    shown in one line."""
+def identity_of(
+    stage: str, cfg: Config, data: str, models: Mapping[str, str], rewards: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint records of its run. Fingerprints, each short enough to be shown in one line: of the data; of
+    models, by name; of the code of reward functions, by source."""
     versions = {name: version for name, version in installed().items() if name in _COMPUTES}
     return {"stage": stage, "config": asdict(cfg), "data": data, "models": dict(models),
+            "rewards": dict(rewards),
             "versions": versions | {"rlhf_ray": find("rlhf-ray") or "checkout"}}
 
 
-def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], sections: Sequence[str]) -> None:
-    """Raise UserError, a line per difference, unless a run `now` may go on from a checkpoint of the run `saved`.
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+    """What makes `now` another run than `saved`, a line each; nothing if it may go on from a checkpoint of that.
 
     sections: of the configuration, what the stage's result depends on. Keys that only one of the two has come from
-    another version of rlhf_ray and are passed over; other versions of what computes get a line on the console.
+    another version of rlhf_ray and are passed over.
     """
-    stage = now["stage"]
     lines = [f"{key} was {was} in the checkpoint, is {new} now" for key, was, new
              in _changes(dict(_leaves(saved["config"])), dict(_leaves(now["config"])))
              if _within(key, sections) and not _within(key, FREE)]
@@ -41,6 +44,16 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], sections: S
         lines.append(f"the data of the run changed: fingerprint was {saved['data']}, is {now['data']}")
     lines += [f"the model `{name}` changed: fingerprint was {was}, is {new}"
               for name, was, new in _changes(saved["models"], now["models"])]
+    return lines
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], sections: Sequence[str]) -> None:
+    """Raise UserError, a line per difference, unless a run `now` may go on from a checkpoint of the run `saved`.
+
+    What may change and can change the result all the same gets a line on the console: other versions of what computes,
+    and reward functions, which are mended while a run stands still.
+    """
+    stage, lines = now["stage"], differences(saved, now, sections)
     if lines:
         lines += ["the checkpoint is of another run: set these back, start over with resume=never, or use another "
                   "output_dir", f"what may change when a run goes on: {', '.join(FREE)}"]
@@ -49,6 +62,9 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], sections: S
     if others:
         console.print(f"{stage}: the checkpoint was made with other versions ({'; '.join(others)}): results may differ "
                       "in the last digits", markup=False)
+    for source, _, _ in _changes(saved["rewards"], now["rewards"]):
+        console.print(f"{stage}: {source} was edited since the checkpoint: from here on it scores as it says now",
+                      markup=False)
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

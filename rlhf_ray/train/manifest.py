@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray import storage
+from rlhf_ray import disk, storage
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.shards import SavedFile
 
-FORMAT = 2
+FORMAT = 3  # another one for every change to what a checkpoint holds, its fingerprints included
 MANIFEST = "manifest.json"
 _READERS = 4  # threads that hash files; more do not read a disk faster
 
@@ -27,7 +26,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     """The last file of a checkpoint. When this returns, all of the directory is on the disk."""
     (directory / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2) + "\n")
     for path in (*directory.iterdir(), directory):
-        sync(path)
+        disk.sync(path)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -71,15 +70,6 @@ def check_written(directory: Path, files: Sequence[SavedFile]) -> None:
             continue
         raise UserError(f"{storage.shown(directory / name)} {wrong}: output_dir must be a path that leads every node "
                         "to the same place, and nothing else may write there")
-
-
-def sync(path: Path) -> None:
-    """Down to the disk: a file's contents, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _problem(directory: Path, file: SavedFile) -> str:

@@ -334,5 +334,5 @@ class PPOTrainer:
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
-        self.load_state_dict(checkpoint.state if checkpoint else self.start)
+        self.load_state_dict(checkpoint.state_like(self.start) if checkpoint else self.start)
         console.print(f"going on after iteration {self.step}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -21,8 +19,10 @@ from rlhf_ray.cluster.group import ActorInfo, Cast, Group
 from rlhf_ray.config.schema import Config, DPOConfig, OptimizerConfig
 from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset
+from rlhf_ray.disk import Log
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console, progress_bar
+from rlhf_ray.metrics.recorder import METRICS, json_lines
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.recovery import Recovery, Saver
@@ -30,6 +30,7 @@ from rlhf_ray.train.roles import layout_of, learner_ranks
 
 T = TypeVar("T")
 Resume = Callable[[int], tuple[Checkpoints, Checkpoint | None]]
+START: dict[str, Any] = {"step": 0, "last": {}, "metrics": 0}  # the driver's state; metrics: bytes of metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class SupervisedTrainer:
     """
 
     def __init__(self, cfg: Config, task: Task, cast: Cast, group: Group, steps: int, checkpoints: Checkpoints,
-                 checkpoint: Checkpoint | None, log: TextIO):
+                 checkpoint: Checkpoint | None, log: Log):
         self.cfg, self.task, self.cast, self.group, self.steps, self.log = cfg, task, cast, group, steps, log
         self.checkpoint = checkpoint
         self.saver = Saver(checkpoints, [group])
@@ -166,8 +167,7 @@ class SupervisedTrainer:
             if "margin_sum" in result:
                 result["margin"] = result["margin_sum"] / result["pairs"]
         self.step, self.last = self.step + 1, result
-        self.log.write(json.dumps({"step": self.step, **result, "seconds": time.monotonic() - self.started}) + "\n")
-        self.log.flush()
+        self.log.add(json_lines({"step": self.step, **result, "seconds": time.monotonic() - self.started}))
 
     def shown(self) -> str:
         """The last step for a person."""
@@ -176,17 +176,14 @@ class SupervisedTrainer:
 
     def save(self) -> None:
         if self.step > self.saver.saved and self.recovery.settled:
-            os.fsync(self.log.fileno())
-            self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.tell()}, {})
+            self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.sync()}, {})
             self._saved_at = time.monotonic()
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
-        state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "last": {}, "metrics": 0}
+        state = checkpoint.state_like(START) if checkpoint else START
         self.step, self.last = state["step"], state["last"]
-        self.log.seek(0, os.SEEK_END)
-        self.log.truncate(min(state["metrics"], self.log.tell()))
-        self.log.seek(0, os.SEEK_END)
+        self.log.rewind(state["metrics"])
         if checkpoint:
             console.print(f"going on after step {self.step} of {self.steps}")
         elif self.task.dpo is not None:
@@ -214,7 +211,7 @@ def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[SupervisedTr
              for rank in learner_ranks(cast, "supervised", role.ranks)],
             role.threads,
         )
-        with (out_dir / "metrics.jsonl").open("a") as log:
+        with closing(Log(out_dir / METRICS)) as log:
             trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, checkpoint, log)
             trainer.val = trainer.persist(lambda: trainer.dealt(SupervisedLearner.evaluate, task.val)[0])
             yield trainer

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray import storage
+from rlhf_ray import disk, storage
 from rlhf_ray.config.schema import AlarmsConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.alarms import Alarm, AlarmMonitor
@@ -37,7 +37,7 @@ class Watch:
         self._ringing = self.monitor.check(iteration, values)
         for alarm in self._ringing:
             console.print(f"ALARM {alarm.name}: {alarm.message}", markup=False, style="bold red", soft_wrap=True)
-            with self._file.open("a", encoding="utf-8") as file:
+            with disk.writing(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(alarm)) + "\n")
 
     def act(self, iteration: int) -> None:
@@ -65,7 +65,7 @@ class Watch:
 
     def _pause(self, iteration: int, messages: list[str]) -> None:
         flag = self.directory / PAUSED
-        flag.write_text(f"iteration {iteration}\n" + "\n".join(messages) + "\n", encoding="utf-8")
+        disk.write_text(flag, f"iteration {iteration}\n" + "\n".join(messages) + "\n")
         storage.publish(self.directory, storage.of_driver)
         console.print(f"paused after iteration {iteration}: remove {flag} to go on, or end the run with Ctrl-C",
                       markup=False)

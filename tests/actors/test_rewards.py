@@ -16,7 +16,7 @@ import pytest
 from rlhf_ray.actors import rewards
 from rlhf_ray.actors.rewards import RewardFunction, RewardService
 from rlhf_ray.config.load import asset_dir
-from rlhf_ray.config.reward_sources import check_source
+from rlhf_ray.config.reward_sources import check_source, source_file
 from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.core.types import PromptTexts, RolloutBatch
 from rlhf_ray.errors import UserError
@@ -411,3 +411,19 @@ def test_a_file_for_a_module_and_a_password_have_lines_of_their_own() -> None:
     with pytest.raises(UserError) as error:
         check_source("https://ann:s3cret@host/path")
     assert "https://...@host:" in str(error.value) and "s3cret" not in str(error.value)
+
+
+def test_the_file_of_a_function_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the working directory first, as the actor looks for it; models and services have none."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("rewards.py", "json.py", "pack/__init__.py", "pack/inner.py", "model.py", "http.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("raise SystemExit")
+    found = {source: source_file(source) for source in (
+        "rewards:f", "json:f", "pack:f", "pack.inner:f", "gone:f", "model", "http://host/x")}
+    assert found == {"rewards:f": tmp_path / "rewards.py", "json:f": tmp_path / "json.py",
+                     "pack:f": tmp_path / "pack/__init__.py", "pack.inner:f": tmp_path / "pack/inner.py",
+                     "gone:f": None, "model": None, "http://host/x": None}
+    (tmp_path / "json.py").unlink()
+    found_elsewhere = source_file("json:f")
+    assert found_elsewhere is not None and found_elsewhere.name == "__init__.py"

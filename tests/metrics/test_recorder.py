@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rlhf_ray.core.types import SampleText
+from rlhf_ray.errors import UserError
 from rlhf_ray.metrics import recorder as module
 from rlhf_ray.metrics.recorder import Recorder, console_line, read_history
 
@@ -95,6 +96,18 @@ def test_a_file_that_lost_lines_is_not_filled_up(tmp_path, capsys):
         recorder.rewind({"metrics.jsonl": 99, "samples.jsonl": 99})
         recorder.log(5, {"score": 0.5})
     assert read_history(tmp_path) == [{"iteration": 5, "score": 0.5}]
+
+
+def test_a_full_disk_is_one_line_and_costs_no_line(small_disk, capsys):
+    with Recorder(small_disk.path, "disabled", "project", {}) as recorder:
+        recorder.log(1, {"score": 0.5})
+        small_disk.fill()
+        with pytest.raises(UserError, match=f"^cannot write {small_disk.path}/metrics.jsonl: No space left"):
+            recorder.log(2, {"score": float(10**300)} | {f"key {i}": i for i in range(1000)})
+        assert read_history(small_disk.path) == [{"iteration": 1, "score": 0.5}]
+        small_disk.empty()
+        recorder.log(2, {"score": 0.25})
+    assert read_history(small_disk.path)[1:] == [{"iteration": 2, "score": 0.25}]
 
 
 def test_close_twice_and_no_wandb_where_disabled(tmp_path):

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from disks import Disk
 from rlhf_ray import storage
 from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
@@ -139,11 +140,6 @@ def test_a_new_model_takes_the_place_of_the_old_one(tokenizer: Any, tmp_path: Pa
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-class TokenizerThatBreaks:
-    def save_pretrained(self, path: Path) -> None:
-        raise OSError("no space left on device")
-
-
 def test_a_crash_while_saving_leaves_the_old_model(tokenizer: Any, tmp_path: Path) -> None:
     path = saved(llama(seed=0), tokenizer, tmp_path / "model")
 
@@ -153,12 +149,28 @@ def test_a_crash_while_saving_leaves_the_old_model(tokenizer: Any, tmp_path: Pat
 
     with pytest.raises(RuntimeError, match="a rank died"):
         save_model(llama(seed=1), breaks(), tokenizer, tmp_path / "model", "float32")
-    with pytest.raises(OSError, match="no space left"):  # later: the new weights are written, not yet in place
-        saved(llama(seed=1), TokenizerThatBreaks(), tmp_path / "model")
     assert same(logits(load_causal_lm(path, CFG)), logits(llama(seed=0)))
     load_tokenizer(path)
-    saved(llama(seed=1), tokenizer, tmp_path / "model")  # what the crash left behind is in nobody's way
-    assert same(logits(load_causal_lm(path, CFG)), logits(llama(seed=1)))
+
+
+@pytest.mark.parametrize("pages", [1, 31, 34])  # of 4 KiB: too few for weights, for the config, for the tokenizer
+def test_a_full_disk_is_one_line_and_leaves_the_old_model(pages: int, tokenizer: Any, small_disk: Disk) -> None:
+    path = small_disk.path / "model"
+    saved(llama(seed=0), tokenizer, path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    small_disk.fill(4096 * pages)
+    with pytest.raises(UserError, match=f"^cannot write {path}: .*No space left.*; 0.00 GiB are free there; "):
+        saved(llama(seed=1), tokenizer, path)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert sorted(p.name for p in small_disk.path.iterdir()) == ["filler", "model"]
+    small_disk.empty()
+    assert same(logits(load_causal_lm(saved(llama(seed=1), tokenizer, path), CFG)), logits(llama(seed=1)))
+
+
+def test_a_read_only_disk_is_one_line(tokenizer: Any, small_disk: Disk) -> None:
+    small_disk.forbid()
+    with pytest.raises(UserError, match=f"^cannot write {small_disk.path}/model: Read-only file system; "):
+        saved(llama(), tokenizer, small_disk.path / "model")
 
 
 # -- reward models -----------------------------------------------------------------------------------------------

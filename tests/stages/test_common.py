@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray import storage
+from disks import Disk
+from rlhf_ray import disk, storage
 from rlhf_ray.config.schema import Config
 from rlhf_ray.errors import UserError
-from rlhf_ray.stages.common import Paths, model_fingerprint, stage, stage_record, write_json
+from rlhf_ray.stages.common import Paths, StageRecord, fingerprints, model_fingerprint, resumed, stage, stage_record
 
 
 def test_a_stage_that_has_not_ended_well_is_asked_for(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_a_stage_that_has_not_ended_well_is_asked_for(tmp_path: Path) -> None:
         paths.require("sft")
     assert str(tmp_path / "sft") in str(error.value)
     assert stage_record(cfg, "sft") is None
-    write_json(tmp_path / "sft" / "stage.json", {"seconds": 1})
+    (tmp_path / "sft/stage.json").write_text('{"seconds": 1}')
     paths.require("sft")
     assert stage_record(cfg, "sft") == {"seconds": 1}
     with pytest.raises(UserError, match="no finished compare"):
@@ -56,10 +57,68 @@ def test_other_weights_are_another_model(size: int, place: int, tmp_path: Path) 
     assert model_fingerprint(model_in(tmp_path / "c", bytes(size + 1))) != before
 
 
-def test_up_to_a_mebibyte_every_byte_counts(tmp_path: Path) -> None:
-    prints = {model_fingerprint(model_in(tmp_path / str(i), bytes(1 << 19) + bytes([i]) + bytes((1 << 19) - 1)))
+def test_every_byte_counts(tmp_path: Path) -> None:
+    """In the middle too: adapters that are merged into a model leave its embeddings and its last norm as they were."""
+    prints = {model_fingerprint(model_in(tmp_path / str(i), bytes(20 << 20) + bytes([i]) + bytes(20 << 20)))
               for i in range(3)}
     assert len(prints) == 3
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    model = model_in(tmp_path / "a", b"1234")
+    before = model_fingerprint(model)
+    (tmp_path / "a/model.safetensors").write_bytes(b"1235")
+    assert model_fingerprint(model) != before
+
+
+def test_a_stage_whose_reward_function_was_edited_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = Config(output_dir=str(tmp_path / "run"), stages=["sft", "ppo"])
+    cfg.model.path, cfg.reward.sources = "some/model", ["model", "my.rewards:brevity"]
+    (tmp_path / "my").mkdir()
+    seen = []
+    for text in ("def brevity(p, r, m): ...", "def brevity(p, r, m): return [0.0] * len(r)"):
+        (tmp_path / "my/rewards.py").write_text(text)
+        seen.append(fingerprints(cfg))
+    assert seen[0]["sft"] == seen[1]["sft"] and seen[0]["ppo"] != seen[1]["ppo"]
+
+
+# -- going on ----------------------------------------------------------------------------------------------------
+
+
+def finished(cfg: Config, step: int) -> Path:
+    """A ppo stage, done with iteration `step`. Returns its checkpoint."""
+    checkpoints, checkpoint = resumed(cfg, StageRecord("ppo"), {}, step)
+    assert checkpoint is None
+    checkpoints.begin(step)
+    return checkpoints.commit(step, [], {}, {}).directory
+
+
+@pytest.mark.parametrize(("iterations", "kl_coef", "why"), [
+    (7, 0.1, None),
+    (5, 0.1, "it was at step 5 of 5 already"),
+    (7, 0.2, "algorithm.kl_coef was 0.1 in the checkpoint, is 0.2 now"),
+])
+def test_a_finished_stage_goes_further_or_starts_over_and_says_why(
+    iterations: int, kl_coef: float, why: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = Config(output_dir=str(tmp_path))
+    cfg.algorithm.kl_coef, cfg.ppo.iterations = 0.1, 5
+    saved = finished(cfg, 5)
+    cfg.algorithm.kl_coef, cfg.ppo.iterations = kl_coef, iterations
+    _, checkpoint = resumed(cfg, StageRecord("ppo", done_before=True), {}, iterations)
+    said = capsys.readouterr().out
+    assert (checkpoint is not None, saved.exists()) == (why is None, why is None)
+    assert said == ("" if why is None else f"ppo had ended well and starts over, without its checkpoints: {why}\n")
+
+
+def test_an_unfinished_stage_of_another_run_is_refused_and_keeps_its_checkpoints(tmp_path: Path) -> None:
+    cfg = Config(output_dir=str(tmp_path))
+    saved = finished(cfg, 5)
+    cfg.algorithm.kl_coef += 0.1
+    with pytest.raises(UserError, match=r"^ppo: algorithm\.kl_coef was"):
+        resumed(cfg, StageRecord("ppo"), {}, 9)
+    assert saved.exists()
 
 
 def test_a_model_of_the_hub_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,11 +130,49 @@ def test_a_model_of_the_hub_goes_by_its_name(tmp_path: Path, monkeypatch: pytest
 def test_a_record_stays_until_what_it_tells_of_is_replaced(begun: bool, tmp_path: Path) -> None:
     cfg = Config(output_dir=str(tmp_path))
     cfg.model.path = "some/model"
-    write_json(tmp_path / "ppo/stage.json", {"seconds": 3.0})
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo/stage.json").write_text('{"seconds": 3.0}')
     with pytest.raises(UserError), stage(cfg, "ppo") as record:
+        assert stage_record(cfg, "ppo") is None  # it is under way
         record.started = begun
         raise UserError("rm has to run first")
     assert stage_record(cfg, "ppo") == (None if begun else {"seconds": 3.0})
+    assert sorted(p.name for p in (tmp_path / "ppo").iterdir()) == ["config.yaml", *([] if begun else ["stage.json"])]
+
+
+def test_a_full_disk_is_one_line_and_costs_no_record(tmp_path: Path, small_disk: Disk) -> None:
+    cfg = Config(output_dir=str(small_disk.path / "run"))
+    cfg.model.path, cfg.stages = "some/model", ["sft"]
+    with stage(cfg, "sft") as record:
+        record.add(loss=1.0)
+    before = stage_record(cfg, "sft"), (Paths(cfg).stage("sft") / "config.yaml").read_text()
+    small_disk.fill(4096)
+    with pytest.raises(UserError, match=r"^cannot write .*/run/sft/config.yaml: No space left on device; "):
+        with stage(cfg, "sft"):
+            pass
+    assert (stage_record(cfg, "sft"), (Paths(cfg).stage("sft") / "config.yaml").read_text()) == before
+    small_disk.empty()
+    with pytest.raises(UserError, match=r"^cannot write .*/run/sft/stage.json: No space left on device; "):
+        with stage(cfg, "sft"):
+            (Paths(cfg).stage("sft") / "checkpoints").mkdir()
+            small_disk.fill()
+    assert (Paths(cfg).stage("sft") / "checkpoints").exists()  # it is not done
+
+
+def test_checkpoints_go_when_model_and_record_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, synced = Config(output_dir=str(tmp_path)), list[str]()
+    cfg.model.path, real = "some/model", disk.sync
+
+    def sync(path: Path) -> None:
+        assert not checkpoints.parent.exists() or checkpoints.exists()
+        synced.append(path.name)
+        real(path)
+
+    checkpoints = tmp_path / "sft/checkpoints"
+    with stage(cfg, "sft"):
+        checkpoints.mkdir()
+        monkeypatch.setattr(disk, "sync", sync)
+    assert synced == [".stage.json.tmp", "sft"] and not checkpoints.exists()
 
 
 def test_nothing_is_kept_where_ray_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,10 +19,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from disks import Disk
 from rlhf_ray import storage
 from rlhf_ray.actors.policy import EMA
 from rlhf_ray.config.load import to_yaml
 from rlhf_ray.config.schema import Config, ModelConfig
+from rlhf_ray.core.ragged import pack
 from rlhf_ray.data.formats import Message, Prompt
 from rlhf_ray.data.templates import encode_prompt
 from rlhf_ray.errors import UserError
@@ -70,7 +73,7 @@ def a_run(path: Path, source: str = "ppo", tied: bool = True, dtype: str = "floa
 
 def checkpoint(cfg: Config, step: int, model: Any, ranks: int, ema: Any = None) -> Path:
     """As the actors and the driver write it."""
-    identity = identity_of("ppo", cfg, "e" * 64, {"sft": "f" * 64})
+    identity = identity_of("ppo", cfg, "e" * 64, {"sft": "f" * 64}, {})
     kept = Checkpoints(Path(cfg.output_dir) / "ppo" / "checkpoints", cfg.checkpoint, identity)
     directory, files = kept.begin(step), []
     for rank in range(ranks):
@@ -193,9 +196,10 @@ def test_a_reward_model_scores_with_plain_transformers_as_it_does_here(tmp_path:
     assert model.config.architectures == ["LlamaForSequenceClassification"]
     assert model.config.score_shift == 0.75
     ids = torch.tensor([[0, 5, 6, 7, 1]])
+    (rows,) = pack(ids[0].numpy(), np.array([5]), 5, 5)
     with torch.no_grad():
         score = float(model(ids).logits[0, 0]) - model.config.score_shift
-        assert score == pytest.approx(float(ScalarModel(scalar, 0.75)(ids, torch.arange(5)[None])[0, -1]), abs=1e-6)
+        assert score == pytest.approx(float(ScalarModel(scalar, 0.75)(rows)[0, -1]), abs=1e-6)
     assert isinstance(executed(cfg)["score"], float)
     front, text = card(cfg)
     assert front["pipeline_tag"] == "text-classification" and "reward-model" in front["tags"]
@@ -316,17 +320,26 @@ def test_a_link_to_an_export_is_followed(tmp_path: Path) -> None:
     assert link.is_symlink() and (link / "README.md").is_file()
 
 
-def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_export_before(tmp_path: Path, small_disk: Disk) -> None:
     cfg = a_run(tmp_path, "sft")
+    cfg.export.path = str(small_disk.path / "mine")
     run(cfg)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("No space left on device")
+    small_disk.fill(4096)
+    assert refused(cfg).startswith(f"cannot write {cfg.export.path}: ")
+    assert sorted(p.name for p in small_disk.path.iterdir()) == ["filler", "mine"]
+    load_causal_lm(str(cfg.export.path), CFG)
 
-    monkeypatch.setattr("rlhf_ray.stages.export.save_model", full)
-    assert "No space left on device; make room there, or set export.path" in refused(cfg)
-    assert sorted(p.name for p in Path(cfg.output_dir).iterdir()) == ["export", "sft"]
-    load_causal_lm(str(Path(cfg.output_dir) / "export"), CFG)
+
+def test_an_export_that_was_killed_between_two_renames_is_there_again(tmp_path: Path) -> None:
+    """Even if the next one fails."""
+    cfg = a_run(tmp_path, "sft")
+    run(cfg)
+    export = Path(cfg.output_dir) / "export"
+    export.rename(export.with_name(".export.old"))
+    (Path(cfg.output_dir) / "sft/model/config.json").write_text("{}")
+    refused(cfg)
+    load_causal_lm(str(export), CFG)
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

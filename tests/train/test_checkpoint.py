@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from disks import Disk
 from rlhf_ray import storage
 from rlhf_ray.config.schema import CheckpointConfig, Config
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.shards import SavedFile, Shards, write_tensors
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.identity import check_same_run, identity_of
+from rlhf_ray.train.manifest import FORMAT
 
 SHARD = "policy-00000-of-00001.safetensors"
 PPO = ["seed", "model", "data", "rollout", "ppo", "roles"]  # of what stage ppo depends on
@@ -76,9 +76,9 @@ def flip_step(content: bytearray) -> None:
     content[content.index(b'"step": ') + 8] ^= 1
 
 
-def format_3(directory: Path) -> None:
+def another_format(directory: Path) -> None:
     path = directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": FORMAT - 1}))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -92,7 +92,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut manifest": (lambda d: os.truncate(d / "manifest.json", 200), "manifest.json is unreadable: JSONDecodeError"),
     "another manifest": (lambda d: (d / "manifest.json").write_text("[]"), "manifest.json is unreadable: TypeError"),
     "one digit of the manifest": (lambda d: change(d / "manifest.json", flip_step), "manifest.json: checksum differs"),
-    "another format": (format_3, "manifest.json is of format 3, this version of rlhf_ray reads 2"),
+    "another format": (another_format,
+                       f"manifest.json is of format {FORMAT - 1}, this version of rlhf_ray reads {FORMAT}"),
 }
 
 
@@ -174,6 +175,19 @@ def test_killed_at_any_moment_the_old_or_the_new_one_is_whole(tmp_path: Path, mo
             assert names(directory) == ["step-00000005"]
             moment += 1
         assert moment > 10
+
+
+def test_a_state_with_other_keys_is_of_another_version(tmp_path: Path) -> None:
+    """What a mapping holds that is empty at the start are data: here the alarms that rang."""
+    c, start = checkpoints(tmp_path), {"step": 0, "kl_coef": 0.1, "watch": {"position": 0, "rang": {}}, "ptx": None}
+    state = {"step": 1, "kl_coef": 0.2, "watch": {"position": 9, "rang": {"kl": 1}}, "ptx": None}
+    assert c.commit(1, write(c.begin(1), 1), state, {}).state_like(start) == state
+    other = {"step": 2, "gone": {"a": 1}, "watch": {"position": 9, "rung": {}}, "ptx": None}
+    with pytest.raises(UserError) as error:
+        c.commit(2, write(c.begin(2), 2), other, {}).state_like(start)
+    assert str(error.value) == (
+        f"{tmp_path}/step-00000002 is of another version of rlhf_ray: it lacks kl_coef, watch.rang; this version does "
+        "not know its gone, watch.rung; go on with the version that wrote it, or start over with resume=never")
 
 
 def test_the_one_before_is_deleted_only_after_the_new_one_is_visible(
@@ -365,32 +379,17 @@ def test_what_an_earlier_run_left_of_a_step_is_no_part_of_the_new_one(url: str, 
 # -- disks that cannot be written ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True,
-                          check=False)
-    if done.returncode:
-        pytest.skip(f"mount is not permitted: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_is_an_error_that_says_so_and_costs_nothing(small_disk: Path) -> None:
-    c = checkpoints(small_disk / "checkpoints")
+def test_a_full_disk_is_an_error_that_says_so_and_costs_nothing(small_disk: Disk) -> None:
+    c = checkpoints(small_disk.path / "checkpoints")
     save(c, 1)
-    filler = small_disk / "filler"
-    filler.write_bytes(bytes(4096 * (shutil.disk_usage(small_disk).free // 4096 - 1)))
-    with pytest.raises(UserError, match=r"No space left.*checkpoints written before are as they were"):
+    small_disk.fill(4096)
+    with pytest.raises(UserError, match=r"No space left.*what was written before is as it was"):
         write(c.begin(2), 2)  # the actors are the first to notice
     c.abandon(2)
 
-    os.truncate(filler, filler.stat().st_size - 2 * 4096)
+    small_disk.fill(2 * 4096)
     files = write(c.begin(2), 2)
-    with filler.open("ab") as file:
-        file.write(bytes(shutil.disk_usage(small_disk).free))
+    small_disk.fill()
     with pytest.raises(UserError) as error:
         c.commit(2, files, {"history": [0.5] * 1000}, {})
     assert str(error.value).startswith(
@@ -398,19 +397,19 @@ def test_a_full_disk_is_an_error_that_says_so_and_costs_nothing(small_disk: Path
     assert names(c.directory) == ["step-00000001"]
     assert (found := c.newest()) is not None and found.step == 1
 
-    filler.unlink()
+    small_disk.empty()
     assert save(c, 2).step == 2
 
 
-def test_a_read_only_disk_is_an_error_that_says_so(small_disk: Path) -> None:
-    c = checkpoints(small_disk / "checkpoints")
+def test_a_read_only_disk_is_an_error_that_says_so(small_disk: Disk) -> None:
+    c = checkpoints(small_disk.path / "checkpoints")
     save(c, 1)
     files = write(c.begin(2), 2)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    small_disk.forbid()
     for attempt in (lambda: c.commit(2, files, {}, {}), lambda: c.begin(2)):
         with pytest.raises(UserError, match=r"cannot write the checkpoint of step 2 in .*Read-only file system; "):
             attempt()
-    with pytest.raises(UserError, match=r"cannot write in .*: Read-only file system; "):
+    with pytest.raises(UserError, match=r"cannot write /.*checkpoints: Read-only file system; "):
         c.clear()
 
 
@@ -421,7 +420,7 @@ def identity(**changes: Any) -> dict[str, Any]:
     cfg = Config()
     cfg.model.path = "base"
     models = {"policy": "p1", "reward": "r1"}
-    return json.loads(json.dumps(identity_of("ppo", cfg, "d1", models))) | changes
+    return json.loads(json.dumps(identity_of("ppo", cfg, "d1", models, {"rewards:mine": "f1"}))) | changes
 
 
 def with_config(**values: Any) -> dict[str, Any]:
@@ -439,9 +438,11 @@ def with_config(**values: Any) -> dict[str, Any]:
 def test_the_same_run_goes_on_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = Config()
     cfg.model.path = "base"
-    check_same_run(identity(), identity_of("ppo", cfg, "d1", {"policy": "p1", "reward": "r1"}), PPO)
+    check_same_run(identity(), identity_of("ppo", cfg, "d1", {"policy": "p1", "reward": "r1"}, {"rewards:mine": "f1"}),
+                   PPO)
     assert capsys.readouterr().out == ""
-    assert {"torch", "rlhf_ray"} <= identity()["versions"].keys()
+    assert identity()["versions"].keys() == {"python", "torch", "vllm", "deepspeed", "transformers", "ray", "numpy",
+                                             "safetensors", "rlhf_ray"}
 
 
 def test_what_does_not_touch_the_result_may_change() -> None:
@@ -487,6 +488,13 @@ def test_other_versions_are_one_line_and_no_refusal(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == (
         "ppo: the checkpoint was made with other versions (torch 2.0, now 2.1; ray 2.1, now 2.2): results may differ "
         "in the last digits\n")
+
+
+def test_a_reward_function_may_be_mended_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it raised may be why the run stands still. One that is new is a changed configuration."""
+    check_same_run(identity(), identity(rewards={"rewards:mine": "f2", "rewards:new": "f3"}), PPO)
+    assert capsys.readouterr().out == (
+        "ppo: rewards:mine was edited since the checkpoint: from here on it scores as it says now\n")
 
 
 def test_keys_of_another_version_of_rlhf_ray_are_passed_over() -> None:

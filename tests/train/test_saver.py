@@ -97,8 +97,8 @@ def test_with_nothing_to_do_nothing_is_done(script: Script) -> None:
 
 
 def test_one_that_fails_is_no_checkpoint_and_may_be_saved_again(script: Script) -> None:
-    script.saver.save(1, {}, {})
     script.errors["write"] = [ActorDiedError()]
+    script.saver.save(1, {}, {})
     with pytest.raises(ActorDiedError):
         script.saver.finish()
     assert list(script.checkpoints.directory.iterdir()) == [] and script.saver.saved == 0
@@ -117,8 +117,8 @@ def test_what_cannot_be_copied_was_not_saved(script: Script) -> None:
 
 @pytest.mark.parametrize("error", [ActorDiedError(), TimeoutError("writing did not answer within 1 s")])
 def test_giving_up_drops_what_the_lost_cannot_finish(script: Script, error: Exception) -> None:
-    script.saved(1).saver.save(2, {}, {})
-    script.errors["write"] = [error]
+    script.saved(1).errors["write"] = [error]
+    script.saver.save(2, {}, {})
     script.saver.give_up()
     assert newest(script) == (1, {"step": 1})
 
@@ -127,7 +127,7 @@ def test_giving_up_finishes_what_can_be_and_tells_of_a_full_disk(script: Script)
     script.saver.save(1, {}, {})
     script.saver.give_up()
     assert newest(script) == (1, {})
-    script.saver.save(2, {}, {})
     script.errors["write"] = [UserError("disk full")]
+    script.saver.save(2, {}, {})
     with pytest.raises(UserError, match="disk full"):
         script.saver.give_up()

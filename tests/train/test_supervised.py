@@ -3,8 +3,9 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ray.exceptions import ActorDiedError
 from rlhf_ray.actors.supervised import SupervisedLearner
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import TokenDataset
+from rlhf_ray.disk import Log
 from rlhf_ray.errors import UserError
 from rlhf_ray.train.checkpoint import Checkpoint
 from rlhf_ray.train.supervised import SupervisedTrainer, Task, batches, deal, split_units
@@ -127,12 +129,12 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[TextIO]:
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        yield file
+def log(tmp_path: Path) -> Iterator[Log]:
+    with closing(Log(tmp_path / "metrics.jsonl")) as log:
+        yield log
 
 
-def trainer(script: Script, log: TextIO, checkpoint: Checkpoint | None = None) -> SupervisedTrainer:
+def trainer(script: Script, log: Log, checkpoint: Checkpoint | None = None) -> SupervisedTrainer:
     """Of three steps; no checkpoint falls due."""
     cast: Any = script
     none = np.zeros(0, dtype=np.int32)
@@ -151,7 +153,7 @@ def evaluated(trained: SupervisedTrainer) -> dict[str, float]:
     return found
 
 
-def test_a_learner_lost_after_the_last_step_learns_what_it_had_learnt_again(script: Script, log: TextIO) -> None:
+def test_a_learner_lost_after_the_last_step_learns_what_it_had_learnt_again(script: Script, log: Log) -> None:
     """Nothing was saved, so it begins at the start. No line of the log is there twice."""
     script.errors["evaluate"], script.losses = [ActorDiedError()], [["supervised-0"]]
     assert evaluated(trainer(script, log)) == {"loss": 0.25}
@@ -160,7 +162,7 @@ def test_a_learner_lost_after_the_last_step_learns_what_it_had_learnt_again(scri
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_what_comes_after_needs_no_step_again(script: Script, log: TextIO) -> None:
+def test_what_comes_after_needs_no_step_again(script: Script, log: Log) -> None:
     trained = trainer(script, log)
     evaluated(trained)
     script.notes.clear()
@@ -168,7 +170,7 @@ def test_what_comes_after_needs_no_step_again(script: Script, log: TextIO) -> No
     assert script.notes == ["save supervised-0 model float32"]
 
 
-def test_one_that_is_lost_while_it_starts_or_restores_is_replaced(script: Script, log: TextIO) -> None:
+def test_one_that_is_lost_while_it_starts_or_restores_is_replaced(script: Script, log: Log) -> None:
     script.saver.save(2, {"step": 2, "last": {}, "metrics": 0}, {})
     script.saver.finish()
     script.notes.clear()
@@ -179,7 +181,7 @@ def test_one_that_is_lost_while_it_starts_or_restores_is_replaced(script: Script
     assert script.notes == ["ready", *ANEW, restore, *ANEW, restore, "ready", restore, *TRAIN, "evaluate supervised-0"]
 
 
-def test_a_measurement_that_goes_wrong_costs_no_step(script: Script, log: TextIO) -> None:
+def test_a_measurement_that_goes_wrong_costs_no_step(script: Script, log: Log) -> None:
     """What was learnt is saved before the error is told."""
     script.errors["evaluate"] = [ValueError("bad number")]
     with pytest.raises(ValueError, match="bad number"):
