@@ -158,7 +158,7 @@ def test_a_learner_lost_after_the_last_step_learns_what_it_had_learnt_again(scri
     script.errors["evaluate"], script.losses = [ActorDiedError()], [["supervised-0"]]
     assert evaluated(trainer(script, log)) == {"loss": 0.25}
     assert script.notes == ["ready", *TRAIN * 3, "evaluate supervised-0", *ANEW, *TRAIN * 3, "evaluate supervised-0"]
-    lines = Path(log.name).read_text().splitlines()
+    lines = Path(log.path).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
