@@ -17,8 +17,8 @@ from rlhf_ray.train.ppo import PPOTrainer
 from rlhf_ray.train.supervised import START
 from rlhf_ray.train.watch import Watch
 
-# What a checkpoint of this format holds. Whoever changes it gives FORMAT another number, so that a version that does not
-# read it says so.
+# What a checkpoint of this format holds. Whoever changes it gives FORMAT another number, for other versions say by that
+# number that they do not read it.
 HELD = {3: {
     "ppo": {
         "step", "kl_coef", "seen_scores", "seen_scores.total", "seen_scores.squares", "seen_scores.count",
