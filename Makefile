@@ -35,7 +35,7 @@ test-fast: install  # without the end-to-end tests and planted faults
 	$(BIN)/pytest --ignore tests/end_to_end --ignore tests/test_mutations.py
 
 chaos: install  # the long form of the tests of faults: one hundred actors, twenty whole runs, two hundred iterations
-	CHAOS_FAULTS=100 CHAOS_RESULTS=$(CURDIR)/benchmarks/results/recovery.json CHAOS_KILLS=20 CHAOS_ITERATIONS=200 \
+	CHAOS_FAULTS=100 CHAOS_KILLS=20 CHAOS_ITERATIONS=200 CHAOS_RESULTS=$(CURDIR)/benchmarks/results \
 	  $(BIN)/pytest --timeout 5400 -s $(addprefix tests/end_to_end/test_,recovery.py resume.py endurance.py)
 
 bench: install  # the short forms, a first idea; results/ is left alone

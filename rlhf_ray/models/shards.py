@@ -31,7 +31,7 @@ from rlhf_ray.errors import UserError
 
 WEIGHT = "weight"
 _CHUNK = 4 * 2**20  # bytes written at once
-_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}  # names of the format
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.uint8: "U8"}  # names of the format
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,15 +21,19 @@ from rlhf_ray.config.schema import Config
 from rlhf_ray.stages import ppo
 from rlhf_ray.train.ppo import PPOTrainer
 
-PHASES = ("rollout", "score", "advantages", "update", "weight_sync", "checkpoint")
+# `writing` comes after `checkpoint`: the copies of that are on their way to the disk, beside the next iteration.
+PHASES = ("rollout", "score", "advantages", "update", "weight_sync", "checkpoint", "writing")
 CLOCKED = ("seconds", "tokens_per_second", "role_tokens_per_second", "waiting_calls", "reward_seconds", "memory_gib",
            "restarts", "generators", "weight_versions")
 
 
 @dataclass
 class Fault:
-    """A signal to one actor, `delay` seconds into a phase of an iteration. recovered: from there to the end of the
-    iteration in which somebody else had taken its place, seconds."""
+    """A signal to one actor, `delay` seconds into a phase of an iteration.
+
+    noticed: from there until it counted as gone, seconds. recovered: to the end of the first iteration in which
+    somebody else worked in its seat, so that the start of an engine is part of it; 0 if the run was over before.
+    """
 
     step: int
     phase: str
@@ -39,6 +43,7 @@ class Fault:
     signal: int = signal.SIGKILL
     at: float = 0.0
     pid: int = 0
+    noticed: float = 0.0
     recovered: float = 0.0
 
 
@@ -46,49 +51,82 @@ class Chaos:
     """Strikes each fault once, when its phase begins."""
 
     def __init__(self, faults: Sequence[Fault]):
-        self.left, self.struck = list(faults), list[Fault]()
+        self.left, self.struck, self.over = list(faults), list[Fault](), False
         self.plain: list[float] = []  # seconds of iterations without a fault
 
     def enter(self, trainer: PPOTrainer, phase: str) -> None:
-        for fault in [f for f in self.left if (f.step, f.phase) == (trainer.cast.iteration, phase)]:
+        step = trainer.step + (phase not in ("checkpoint", "writing"))  # an iteration is counted when it is whole
+        for fault in [f for f in self.left if (f.step, f.phase) == (step, phase)]:
             self.left.remove(fault)
-            threading.Timer(fault.delay, self._strike, (trainer, fault)).start()
+            timer = threading.Timer(fault.delay, self._strike, (trainer, fault))
+            timer.daemon = True
+            timer.start()
 
     def advanced(self, trainer: PPOTrainer, seconds: float) -> None:
         """An iteration is done."""
-        pids = {(m.role, m.index): m.pid for m in trainer.cast.health.members.values()}
+        pids = {(m.role, m.index): m.pid for m in list(trainer.cast.health.members.values())}
         waiting = [f for f in self.struck if not f.recovered]
         for fault in waiting:
-            if pids[fault.role, fault.index] != fault.pid:  # somebody else is there now
+            works = trainer.cast.seats(fault.role).get(fault.index, False)  # and does not come up still
+            if works and pids.get((fault.role, fault.index), 0) not in (0, fault.pid):
                 fault.recovered = time.monotonic() - fault.at
         if not waiting:
             self.plain.append(seconds)
 
     def _strike(self, trainer: PPOTrainer, fault: Fault) -> None:
-        member: Member = next(m for m in trainer.cast.health.members.values()
-                              if (m.role, m.index) == (fault.role, fault.index))
-        while not member.pid:  # it has just been replaced and has not yet said who it is
+        while (member := self._hit(trainer, fault)) is None:
+            if self.over:
+                return
             time.sleep(0.05)
-        fault.at, fault.pid = time.monotonic(), member.pid
         self.struck.append(fault)
-        os.kill(member.pid, fault.signal)
+        while not (member.gone or self.over):
+            time.sleep(0.01)
+        if member.gone:
+            fault.noticed = time.monotonic() - fault.at
+
+    @staticmethod
+    def _hit(trainer: PPOTrainer, fault: Fault) -> Member | None:
+        """Whoever sits there, struck; None while there is nobody who has said who he is."""
+        for member in list(trainer.cast.health.members.values()):
+            if (member.role, member.index) == (fault.role, fault.index) and member.pid and not member.gone:
+                fault.at, fault.pid = time.monotonic(), member.pid
+                with suppress(ProcessLookupError):  # an earlier fault has just ended it
+                    os.kill(member.pid, fault.signal)
+                    return member
+        return None
 
 
 def seeded(count: int, actors: Sequence[tuple[str, int]], seed: int) -> list[Fault]:
-    """One fault for each of the first `count` iterations: any actor, any phase, at any moment of it."""
+    """One fault for each of the first `count` iterations: every actor in every phase, as far as that goes, then any in
+    any; at any moment of it. One in ten is a hang."""
     rng = random.Random(seed)
-    return [Fault(step, rng.choice(PHASES), *rng.choice(actors), delay=rng.choice((0.0, rng.uniform(0, 0.3))),
-                  signal=signal.SIGSTOP if rng.random() < 0.05 else signal.SIGKILL) for step in range(1, count + 1)]
+    places = [(phase, actor) for phase in PHASES for actor in actors]
+    rng.shuffle(places)
+    places += [(rng.choice(PHASES), rng.choice(actors)) for _ in range(count - len(places))]
+    return [Fault(step, phase, *actor, delay=rng.choice((0.0, rng.uniform(0, 0.03 if phase == "writing" else 0.3))),
+                  signal=signal.SIGSTOP if rng.random() < 0.1 else signal.SIGKILL)
+            for step, (phase, actor) in enumerate(places[:count], start=1)]
 
 
 def recovery_times(script: Chaos) -> dict[str, dict[str, float]]:
-    """Of each role: faults, and the median and the worst time until all was right again, seconds."""
-    times: dict[str, list[float]] = {}
-    for fault in script.struck:
-        if fault.recovered:
-            times.setdefault(fault.role, []).append(fault.recovered)
-    return {role: {"faults": len(t), "median_s": round(median(t), 1), "worst_s": round(max(t), 1)}
-            for role, t in sorted(times.items())}
+    """Of each role: faults, and the median and the worst time until all was right again, seconds. Those that the run
+    did not last for are counted, and have no time."""
+    table: dict[str, dict[str, float]] = {}
+    for role in sorted({fault.role for fault in script.struck}):
+        struck = [fault for fault in script.struck if fault.role == role]
+        times = [fault.recovered for fault in struck if fault.recovered]
+        table[role] = {"faults": len(struck), "measured": len(times)}
+        if times:
+            table[role] |= {"median_s": round(median(times), 1), "worst_s": round(max(times), 1)}
+    return table
+
+
+def results(name: str, facts: dict[str, Any]) -> None:
+    """Into CHAOS_RESULTS/NAME.json, if that is where they are to go, and onto the console."""
+    text = json.dumps({"cpus": os.cpu_count(), **facts}, indent=1)
+    print(text)
+    if "CHAOS_RESULTS" in os.environ:
+        (Path(os.environ["CHAOS_RESULTS"]) / f"{name}.json").write_text(text + "\n")
 
 
 @contextmanager
@@ -101,13 +139,20 @@ def chaos(faults: Sequence[Fault]) -> Iterator[Chaos]:
             super().enter(phase)
             script.enter(self, phase)
 
+        def save(self, metrics: Mapping[str, Any] | None = None) -> None:
+            super().save(metrics)
+            script.enter(self, "writing")
+
         def advance(self) -> None:
             started = time.monotonic()
             super().advance()
             script.advanced(self, time.monotonic() - started)
 
     with patch.object(ppo, "PPOTrainer", Trainer):
-        yield script
+        try:
+            yield script
+        finally:
+            script.over = True
 
 
 def outcome(cfg: Config) -> tuple[bytes, list[dict[str, Any]]]:

@@ -52,6 +52,6 @@ def reward_model(models: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 def ray_session() -> Iterator[None]:
     """A private Ray with room for every role, for the tests of one file."""
     cfg = small_config()
-    cfg.cluster.num_cpus = 8
+    cfg.cluster.num_cpus = 9
     with session(cfg):
         yield

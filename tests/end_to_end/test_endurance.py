@@ -5,9 +5,11 @@ import re
 import time
 from unittest.mock import patch
 
+import psutil
 import ray
 from ray._private.internal_api import memory_summary  # what `ray memory` prints
 
+from chaos.harness import results
 from end_to_end.small import earlier_stages, ppo_config
 from rlhf_ray.cluster.health import Pulse
 from rlhf_ray.stages import ppo
@@ -24,6 +26,12 @@ def objects_in_store() -> int:
     return int(found[1])
 
 
+def pulse_of_this_process() -> Pulse:
+    """The driver of the run."""
+    process = psutil.Process()
+    return Pulse(process.memory_info().rss, process.num_fds(), 0)
+
+
 def test_nothing_grows(ray_session, models, reward_model, tmp_path):
     pulses: dict[str, list[Pulse]] = {}
     stored: list[int] = []
@@ -33,6 +41,7 @@ def test_nothing_grows(ray_session, models, reward_model, tmp_path):
             super().advance()
             for m in self.cast.health.members.values():
                 pulses.setdefault(f"{m.role}-{m.index}", []).append(m.pulses[-1][1])
+            pulses.setdefault("driver", []).append(pulse_of_this_process())
             if self.step % (ITERATIONS // 20) == 0:
                 stored.append(objects_in_store())
 
@@ -41,17 +50,20 @@ def test_nothing_grows(ray_session, models, reward_model, tmp_path):
     earlier_stages(tmp_path, models[0], reward_model)
     with patch.object(ppo, "PPOTrainer", Watched):
         ppo.run(cfg)
-    half, quarter = ITERATIONS // 2, ITERATIONS // 4
-    for name, seen in pulses.items():
-        before, after = seen[half : half + quarter], seen[-quarter:]
-        rss = [sum(p.rss for p in part) / len(part) / 2**20 for part in (before, after)]
-        fds = [min(p.fds for p in part) for part in (before, after)]
-        print(f"{name}: {rss[0]:.1f} -> {rss[1]:.1f} MiB ({rss[1] / rss[0] - 1:+.2%}), {fds[0]} -> {fds[1]} files")
-        assert rss[1] < 1.02 * rss[0], name
-        assert fds[1] <= fds[0], name  # least of a quarter: what stays open, not what is being written just then
-    print("objects in the store:", *stored)
-    assert max(stored[10:]) <= 2 * max(stored[:10])  # they are let go a moment after an iteration
     deadline = time.monotonic() + 20
-    while objects_in_store() and time.monotonic() < deadline:
+    while (left := objects_in_store()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert objects_in_store() == 0
+    quarter = ITERATIONS // 4  # the first is for warming up
+    table = {}
+    for name, seen in pulses.items():
+        before, after = seen[quarter : 2 * quarter], seen[-quarter:]
+        rss = [sum(p.rss for p in part) / len(part) / 2**20 for part in (before, after)]
+        files = [min(p.fds for p in part) for part in (before, after)]  # what stays open, not what is being written
+        table[name] = {"mib": [round(x, 1) for x in rss], "growth": round(rss[1] / rss[0] - 1, 5), "files": files}
+    results("endurance", {"iterations": ITERATIONS, "between": "means of the second and of the last quarter",
+                          "processes": table, "objects_in_store": stored, "objects_at_the_end": left})
+    for name, row in table.items():
+        assert row["growth"] < 0.02, name
+        assert row["files"][1] <= row["files"][0], name
+    assert max(stored[10:]) <= 2 * max(stored[:10])  # they are let go a moment after an iteration
+    assert left == 0

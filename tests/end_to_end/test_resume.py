@@ -1,22 +1,28 @@
 """Killed at any moment, the same command goes on as if nothing had happened. CHAOS_KILLS=20 makes it a long test."""
 
+import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
-from chaos.harness import CLOCKED
+from chaos.harness import CLOCKED, results
 from end_to_end.small import earlier_stages, ppo_config, ray_processes
 from end_to_end.test_pipeline import RLHF_RAY, SMALL, files, write_jsonl  # noqa: F401 - files is a fixture
+from rlhf_ray.config.load import compose
 from rlhf_ray.errors import UserError
-from rlhf_ray.stages import ppo
+from rlhf_ray.stages import compare, ppo
+from rlhf_ray.train.supervised import SupervisedTrainer
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "2"))
 
@@ -41,33 +47,57 @@ def kill_everything(process: subprocess.Popen[str]) -> None:
     psutil.wait_procs(family, timeout=20)
 
 
-def run_until(progress: Path, count: int, delay: float, process: subprocess.Popen[str]) -> bool:
-    """Whether the process still runs when `progress` has so many lines, and a moment later."""
-    while process.poll() is None and lines(progress) < count:
-        time.sleep(0.02)
-    time.sleep(delay)
-    return process.poll() is None
+def unfinished(checkpoints: Path) -> list[str]:
+    """Checkpoints under way. (One that is being deleted has such a name, too, but newer ones are there.)"""
+    newest = max((path.name for path in checkpoints.glob("step-*")), default="")
+    return [path.name for path in checkpoints.glob(".step-*.tmp") if path.name[1:-4] > newest]
 
 
-def interrupted(stage: str, out: Path, progress: Path, moments: list[tuple[int, float, int]], *options: str,
-                between: object = None) -> None:
-    """Run the stage to its end through kills at (lines of progress, seconds after them, signal)."""
+@dataclass
+class Kill:
+    """When this start has written a line of its own and all of them are so many, and `delay` seconds later, or, with
+    `writing`, while a checkpoint is being written."""
+
+    lines: int
+    delay: float = 0.0
+    signal: int = signal.SIGKILL
+    writing: bool = False
+    at: int = 0  # lines, when it struck
+
+    def wait(self, process: subprocess.Popen[str], progress: Path) -> None:
+        wanted = max(self.lines, lines(progress) + 1)  # what is there will be cut back to the newest checkpoint first
+        while process.poll() is None and lines(progress) < wanted:
+            time.sleep(0.02)
+        time.sleep(self.delay)
+        checkpoints = progress.parent / "checkpoints"
+        while self.writing and process.poll() is None:
+            if unfinished(checkpoints):
+                process.send_signal(signal.SIGSTOP)  # the driver makes a checkpoint whole: this one stays as it is
+                if unfinished(checkpoints):
+                    break
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.002)
+        self.at = lines(progress)
+
+
+def interrupted(stage: str, out: Path, progress: Path, kills: list[Kill], *options: str,
+                between: Callable[[int], None] = lambda i: None) -> None:
+    """Run the stage to its end through these kills; progress: a file of the stage that grows by lines."""
     out.mkdir(parents=True, exist_ok=True)
-    for i, (count, delay, number) in enumerate(moments):
+    for i, kill in enumerate(kills):
         process = start(stage, out, *options)
-        if not run_until(progress, count, delay, process):
-            assert process.returncode == 0, (out / "log").read_text()[-3000:]
-            continue
-        if number == signal.SIGKILL:
+        kill.wait(process, progress)
+        assert process.poll() is None, (out / "log").read_text()[-3000:]
+        if kill.signal == signal.SIGKILL:
             kill_everything(process)
+            assert unfinished(progress.parent / "checkpoints") or not kill.writing
         else:
             before = ray_processes()
-            process.send_signal(number)
+            process.send_signal(kill.signal)
             assert process.wait(timeout=120) == 143, (out / "log").read_text()[-3000:]
             time.sleep(2)
             assert not ray_processes() & before  # nothing of ours is left
-        if callable(between):
-            between(i)
+        between(i)
     process = start(stage, out, *options)
     assert process.wait(timeout=600) == 0, (out / "log").read_text()[-3000:]
 
@@ -82,8 +112,9 @@ def weights(out: Path, stage: str) -> bytes:
 
 
 def test_ppo_goes_on_exactly(models, reward_model, files, tmp_path):  # noqa: F811
-    """kill -9 of everything, a SIGTERM, and a newest checkpoint that is damaged: same weights, same metrics."""
-    iterations = max(12, 2 * KILLS)
+    """kill -9 of everything while a checkpoint is written, a SIGTERM, and a newest checkpoint that is damaged: same
+    weights, same metrics."""
+    iterations = max(12, 4 * KILLS)
     options = [*files, f"model.path={models[0]}", "roles.policy.ranks=1", f"ppo.iterations={iterations}",
                "algorithm.ema_decay=0.9", "algorithm.kl_target=2"]
     plain, out = tmp_path / "plain", tmp_path / "killed"
@@ -91,32 +122,63 @@ def test_ppo_goes_on_exactly(models, reward_model, files, tmp_path):  # noqa: F8
         earlier_stages(directory, models[0], reward_model)
     interrupted("ppo", plain, plain / "none", [], *options)
     rng = random.Random(0)
-    counts = sorted(rng.choices(range(1, iterations), k=KILLS))
-    moments = [(n, rng.uniform(0, 0.6), signal.SIGKILL) for n in counts]
-    moments[KILLS // 2] = (*moments[KILLS // 2][:2], signal.SIGTERM)
+    kills = [Kill(n, rng.uniform(0, 0.6), writing=i % 4 == 0)
+             for i, n in enumerate(sorted(rng.sample(range(1, iterations - 4), k=KILLS)))]
+    kills[KILLS // 2] = Kill(kills[KILLS // 2].lines, signal=signal.SIGTERM)
     checkpoints = out / "ppo/checkpoints"
 
     def damage(i: int) -> None:
         if i == 1 and (found := sorted(checkpoints.glob("step-*/critic*"))):
             found[-1].write_bytes(found[-1].read_bytes()[:-1])
 
-    interrupted("ppo", out, out / "ppo/metrics.jsonl", moments, *options, between=damage)
+    interrupted("ppo", out, out / "ppo/metrics.jsonl", kills, *options, between=damage)
     log = (out / "log").read_text()
     assert "going on after iteration" in log and "bytes instead of" in log
     assert metrics(out, "ppo") == metrics(plain, "ppo")  # no line missing, none doubled, every prompt as it was
     assert (out / "ppo/samples.jsonl").read_bytes() == (plain / "ppo/samples.jsonl").read_bytes()
     assert weights(out, "ppo") == weights(plain, "ppo")
+    assert not list(checkpoints.glob(".*"))
+    results("resume", {
+        "iterations": iterations, "kills": len(kills), "in_checkpoint_writes": sum(kill.writing for kill in kills),
+        "moments": [{"iterations_done": k.at, "signal": signal.Signals(k.signal).name, "writing": k.writing}
+                    for k in kills]})  # and whoever reads this knows that every resume was exact
 
 
-def test_sft_goes_on_exactly(models, files, tmp_path):  # noqa: F811
-    options = [*files, f"model.path={models[0]}", "roles.supervised.ranks=1", "sft.epochs=12", "sft.batch_size=8",
-               "sft.dropout=0.1", "checkpoint.seconds=0"]
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_supervised_stages_go_on_exactly(stage, ray_session, models, files, tmp_path, monkeypatch):  # noqa: F811
+    """From what is on the disk in mid-run, which is what a kill leaves there; sft meets a SIGTERM, too."""
     plain, out = tmp_path / "plain", tmp_path / "killed"
-    interrupted("sft", plain, plain / "none", [], *options)
-    interrupted("sft", out, out / "sft/metrics.jsonl", [(3, 0.1, signal.SIGKILL), (20, 0.0, signal.SIGTERM)], *options)
-    assert metrics(out, "sft") == metrics(plain, "sft")
-    assert weights(out, "sft") == weights(plain, "sft")
-    assert not (out / "sft/checkpoints").exists()  # done
+    run, learn, terminated = importlib.import_module(f"rlhf_ray.stages.{stage}").run, SupervisedTrainer.learn, []
+
+    def config(directory: Path):
+        return compose([*SMALL, *files, f"model.path={models[0]}", f"stages=[{stage}]", f"output_dir={directory}",
+                        "roles.supervised.ranks=1", "checkpoint.seconds=0", "sft.epochs=3", "sft.batch_size=8",
+                        "sft.dropout=0.1", "rm.epochs=3", "dpo.epochs=3", "dpo.prompts_per_batch=4"])
+
+    def learning(self, units):
+        if self.step == 3 and not out.exists():
+            shutil.copytree(plain, out, symlinks=True)
+        resumed = self.saver.checkpoints.directory.is_relative_to(out)
+        if stage == "sft" and self.step == 6 and resumed and not terminated:
+            terminated.append(self.step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        learn(self, units)
+
+    monkeypatch.setattr(SupervisedTrainer, "learn", learning)
+    if stage != "sft":
+        earlier_stages(plain, models[0], models[0])
+        shutil.rmtree(plain / "rm")
+        compare.run(config(plain))
+    run(config(plain))
+    assert sorted(p.name for p in (out / stage).iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    if stage == "sft":
+        with pytest.raises(SystemExit, match="143"):
+            run(config(out))
+        assert terminated == [6] and lines(out / "sft/metrics.jsonl") == 7  # the step under way was ended first
+    run(config(out))
+    assert metrics(out, stage) == metrics(plain, stage) and len(metrics(out, stage)) > 7
+    assert weights(out, stage) == weights(plain, stage)
+    assert not (out / stage / "checkpoints").exists()  # done
 
 
 def test_compare_samples_nothing_twice(models, files, tmp_path):  # noqa: F811
@@ -127,7 +189,7 @@ def test_compare_samples_nothing_twice(models, files, tmp_path):  # noqa: F811
     for directory in (plain, out):
         earlier_stages(directory, models[0], models[0])
     interrupted("compare", plain, plain / "none", [], *options)
-    interrupted("compare", out, out / "compare/answers.jsonl", [(3, 0.0, signal.SIGKILL)], *options)
+    interrupted("compare", out, out / "compare/answers.jsonl", [Kill(3)], *options)
     assert (out / "compare/to_rank.jsonl").read_bytes() == (plain / "compare/to_rank.jsonl").read_bytes()
     assert not list((out / "compare").glob("answers*"))
 

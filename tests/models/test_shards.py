@@ -122,9 +122,11 @@ def test_what_cannot_be_written_is_said_with_its_path(tmp_path: Path) -> None:
 
 def test_the_library_reads_what_is_written_whatever_the_shape(tmp_path: Path) -> None:
     tensors = {"a|weight": torch.arange(6.0).reshape(2, 3).T, "rng": torch.arange(5, dtype=torch.uint8),
-               "none|weight": torch.zeros(0), "one|weight": torch.tensor(3.0)}
+               "none|weight": torch.zeros(0), "one|weight": torch.tensor(3.0),
+               "logprobs": torch.tensor([-1e-300, -7.0], dtype=torch.float64)}
     saved = write_tensors(tmp_path / "x.safetensors", tensors, {"steps": 1})
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
-    assert all(found[name].shape == t.shape and (found[name] == t).all() for name, t in tensors.items())
+    assert all(found[name].dtype == t.dtype and found[name].shape == t.shape and (found[name] == t).all()
+               for name, t in tensors.items())
     assert saved.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
