@@ -158,13 +158,14 @@ class RayEngines:
     def update(self, payload: Any) -> None:
         self._wait([g.update_weights.remote(payload) for g in self._generators])
 
-    def finish(self, version: int, digest: int) -> None:
+    def finish(self, version: int, digest: int) -> list[int]:
         held = self._wait([g.finish_weight_update.remote(version) for g in self._generators])
         wrong = [f"generator {i} holds version {v} with digests {d}" for i, (v, d) in enumerate(held)
                  if v != version or d != [digest] * self._each]
         if wrong:
             raise RuntimeError(f"after the sync to version {version}, digest {digest}: {'; '.join(wrong)}. The weights "
                                "did not arrive as they were sent: check the wire between learners and generators")
+        return [v for v, _ in held]
 
     def _wait(self, refs: list[Any]) -> list[Any]:
         # Before the deadline of whoever waits for the learners, so that it is the generator that is found to be late.

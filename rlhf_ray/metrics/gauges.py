@@ -68,9 +68,9 @@ TABLE = {m.key: m for m in (
     Measure("empty", "rlhf_generator_empty_responses", "Responses without a token, in an iteration."),
     Measure("repeated_ngrams", "rlhf_generator_repeated_ratio", "Share of 3-grams seen before in their response."),
     Measure("mismatch", "rlhf_generator_mismatch_nats_per_token", "Mean |trainer - engine| log-probability."),
-    Measure("weight_version", "rlhf_generator_weights_number", "Version of the weights that all generators hold."),
-    Measure("weight_versions", "rlhf_generator_engine_weights_number", "Version of the weights that an engine holds.",
-            ("role", "rank")),
+    Measure("weight_version", "rlhf_generator_weights_number", "Oldest version of the weights that a generator holds."),
+    Measure("weight_versions", "rlhf_generator_engine_weights_number", "Version of the weights that an engine said it "
+            "holds, after the last sync.", ("role", "rank")),
     Measure("staleness", "rlhf_generator_behind_versions", "Versions between the weights that sampled an iteration's "
             "oldest responses and those that learnt from them."),
     Measure("importance_ess", "rlhf_policy_importance_effective_ratio", "Effective sample size of the importance "
@@ -113,7 +113,8 @@ TABLE = {m.key: m for m in (
             "sampled.", ("role",)),
     Measure("seconds", "rlhf_trainer_phase_seconds", "Time of each phase of an iteration.", ("phase",)),
     Measure("generators", "rlhf_generator_working_actors", "Generators that share the work."),
-    Measure("restarts", "rlhf_trainer_restarted_actors", "Actors replaced since this driver began."),
+    Measure("restarts", "rlhf_trainer_restarted_actors", "Actors of a role replaced since this driver began.",
+            ("role",)),
     Measure("memory_gib", "rlhf_actor_memory_gib", "Resident memory of an actor.", ("role", "rank")),
 )}
 

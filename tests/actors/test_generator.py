@@ -4,8 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
-from rlhf_ray.actors.generator import Generator, Sample, sample_seed
+from rlhf_ray.actors import generator as module
+from rlhf_ray.actors.generator import Generator, RayEngines, Sample, sample_seed
 from rlhf_ray.core.ragged import offsets
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.engines.generation import Response
@@ -57,3 +59,20 @@ def test_empty_responses_are_dropped_and_counted() -> None:
     assert batch.positions.tolist() == [12]
     assert info.empty == 1
     assert shard((0, [], False), (3, [], False)) == []  # nothing is left to train on
+
+
+# -- weight sync ----------------------------------------------------------------------------------------------------
+
+
+class Actor:
+    """A generator of one worker that says, whatever it is asked to hold, that it holds this version and digest."""
+
+    def __init__(self, version: int, digest: int):
+        self.finish_weight_update = SimpleNamespace(remote=lambda asked: (version, [digest]))
+
+
+def test_what_engines_hold_is_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "wait", lambda answers, timeout_s, what: answers)
+    assert RayEngines([Actor(7, 99), Actor(7, 99)], 1, 60.0).finish(7, 99) == [7, 7]
+    with pytest.raises(RuntimeError, match=r"generator 1 holds version 6 with digests \[99\]\. The weights did not"):
+        RayEngines([Actor(7, 99), Actor(6, 99)], 1, 60.0).finish(7, 99)

@@ -28,7 +28,7 @@ NOT_OF_AN_ITERATION = {"iteration", "running"}  # the recorder adds them
 VALUES = {
     "iteration": 3, "score": np.float32(0.5), "score_2": 0.25, "judge_score": None, "entropy": math.nan,
     "value_loss": math.inf, "seconds": {"rollout": 1.5, "update": None}, "reward_seconds": {"reward_2": 0.5},
-    "memory_gib": {"policy-0": 1.0, "reward_2-11": 2.0}, "not in the table": 1.0,
+    "memory_gib": {"policy-0": 1.0, "reward_2-11": 2.0}, "restarts": {"reward_2": 0}, "not in the table": 1.0,
 }
 
 
@@ -80,6 +80,7 @@ def test_nested_numbers_become_labelled_series_and_what_is_no_number_is_skipped(
         ("rlhf_reward_working_seconds", {"role": "reward_2"}, 0.5),
         ("rlhf_actor_memory_gib", {"role": "policy", "rank": "0"}, 1.0),
         ("rlhf_actor_memory_gib", {"role": "reward_2", "rank": "11"}, 2.0),
+        ("rlhf_trainer_restarted_actors", {"role": "reward_2"}, 0.0),
     ]
     assert unknown(VALUES) == {"not in the table"}
 
@@ -115,7 +116,7 @@ def test_each_gauge_is_made_once_and_keeps_what_is_not_measured(fake_ray: dict[s
     assert fake_ray["rlhf_reward_score_points"].numbers == {("mine",): 0.5}
     assert fake_ray["rlhf_trainer_phase_seconds"].numbers == {("mine", "rollout"): 1.5, ("mine", "update"): 2.0}
     assert fake_ray["rlhf_actor_memory_gib"].numbers == {("mine", "policy", "0"): 1.0, ("mine", "reward_2", "11"): 2.0}
-    assert len(fake_ray) == 6
+    assert len(fake_ray) == 7
 
 
 def test_nothing_happens_without_ray(fake_ray: dict[str, FakeGauge], monkeypatch: pytest.MonkeyPatch) -> None:
