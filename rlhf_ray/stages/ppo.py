@@ -76,7 +76,8 @@ def run(cfg: Config) -> None:
             def save() -> None:
                 policy.call(PolicyLearner.save, str(paths.policy))
 
-            with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
+            done = checkpoint.step if checkpoint else 0
+            with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg), done) as recorder:
                 with console.status("starting the actors of all roles"):
                     actors = cast.ready()
                 watch = Watch(cfg.alarms, directory, save)

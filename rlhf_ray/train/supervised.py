@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import ray
@@ -22,6 +20,7 @@ from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console, progress_bar
+from rlhf_ray.metrics.recorder import METRICS, Lines, Listeners
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.recovery import Recovery, Saver
@@ -102,8 +101,8 @@ class SupervisedTrainer:
     """The loop. What is lost on the way is replaced, and the learners go back to the newest checkpoint."""
 
     def __init__(self, cfg: Config, task: Task, cast: Cast, group: Group, steps: int, checkpoints: Checkpoints,
-                 log: TextIO):
-        self.cfg, self.task, self.group, self.steps, self.log = cfg, task, group, steps, log
+                 log: Lines, listeners: Listeners):
+        self.cfg, self.task, self.group, self.steps, self.log, self.listeners = cfg, task, group, steps, log, listeners
         self.saver = Saver(checkpoints, [group])
         self.recovery = Recovery(cast, [group], self.saver, cfg.cluster.attempts, connect=lambda: None,
                                  roll_back=self.roll_back)
@@ -139,14 +138,17 @@ class SupervisedTrainer:
 
     def learn(self, units: np.ndarray) -> None:
         """One optimizer step."""
+        begun = time.monotonic()
         result = self.group.call_each(SupervisedLearner.train, deal(units, self.task.weights, len(self.group)))[0]
         if result["pairs"]:
             result["accuracy"] = result["correct"] / result["pairs"]
             if "margin_sum" in result:
                 result["margin"] = result["margin_sum"] / result["pairs"]
         self.step, self.last = self.step + 1, result
-        self.log.write(json.dumps({"step": self.step, **result, "seconds": time.monotonic() - self.started}) + "\n")
-        self.log.flush()
+        now = time.monotonic()
+        self.log.add([{"step": self.step, **result, "seconds": now - self.started}])
+        speed = float(self.task.weights[units].sum()) / (now - begun)
+        self.listeners.log(self.step, {**result, "tokens_per_second": speed})
 
     def shown(self) -> str:
         """The last step for a person."""
@@ -155,17 +157,14 @@ class SupervisedTrainer:
 
     def save(self) -> None:
         if self.step > self.saver.saved and self.recovery.settled:
-            os.fsync(self.log.fileno())
-            self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.tell()}, {})
+            self.saver.save(self.step, {"step": self.step, "last": self.last, "metrics": self.log.position}, {})
             self._saved_at = time.monotonic()
 
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
         state: dict[str, Any] = checkpoint.state if checkpoint else {"step": 0, "last": {}, "metrics": 0}
         self.step, self.last = state["step"], state["last"]
-        self.log.seek(0, os.SEEK_END)
-        self.log.truncate(min(state["metrics"], self.log.tell()))
-        self.log.seek(0, os.SEEK_END)
+        self.log.rewind(state["metrics"])
         if checkpoint:
             console.print(f"going on after step {self.step} of {self.steps}")
         elif self.task.dpo is not None:
@@ -185,7 +184,7 @@ def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[Trained]:
     per_epoch = math.ceil(len(task.train) / task.batch_size)
     steps = max(1, round(task.epochs * per_epoch))
     checkpoints, checkpoint = resume(steps)
-    out_dir = checkpoints.directory.parent
+    out_dir, done = checkpoints.directory.parent, checkpoint.step if checkpoint else 0
     with Cast(layout_of(cfg, ["supervised"]), cfg.cluster, out_dir) as cast:
         data = ray.put(task.data)
         group = cast.start(
@@ -195,9 +194,10 @@ def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[Trained]:
              for rank in learner_ranks(cast, "supervised", role.ranks)],
             role.threads,
         )
-        actors = cast.ready()
-        with (out_dir / "metrics.jsonl").open("a") as log:
-            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, log)
+        heard = Listeners(out_dir, "step", cfg.logging.wandb, cfg.logging.wandb_project, asdict(cfg), done, steps)
+        with closing(heard), closing(Lines(out_dir / METRICS)) as log:
+            actors = cast.ready()
+            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, log, heard)
             trainer.run(checkpoint)
-        val = group.call_each(SupervisedLearner.evaluate, deal(task.val, task.weights, len(group)))[0]
-        yield Trained(group, actors, trainer.last, val)
+            val = group.call_each(SupervisedLearner.evaluate, deal(task.val, task.weights, len(group)))[0]
+            yield Trained(group, actors, trainer.last, val)

@@ -1,11 +1,21 @@
 """What the supervised stages read, and in which order. Covers lines 33 (every epoch shuffles, nothing is dropped) and
 37 (training and validation are split by unit: a prompt with all its responses) of the rules in tests/README.md."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
+from rlhf_ray.cluster.group import Group
+from rlhf_ray.config.schema import Config, OptimizerConfig
+from rlhf_ray.core.types import TokenDataset
 from rlhf_ray.errors import UserError
-from rlhf_ray.train.supervised import batches, deal, split_units
+from rlhf_ray.metrics.recorder import Lines
+from rlhf_ray.train import supervised as module
+from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
+from rlhf_ray.train.supervised import SupervisedTrainer, Task, batches, deal, split_units
 
 UNITS = np.array([3, 5, 8, 13, 21, 34, 55])
 
@@ -103,3 +113,55 @@ def test_every_unit_goes_to_one_rank(ranks: int) -> None:
     calls = deal(UNITS, np.arange(60), ranks)
     assert len(calls) == ranks  # a rank without units is called too: the calls are collective
     assert sorted(np.concatenate([part for (part,) in calls])) == UNITS.tolist()
+
+
+# -- what a step leaves behind -----------------------------------------------------------------------------------
+
+
+class Heard:
+    """Listeners that note what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, number: int, values: dict[str, Any]) -> None:
+        self.told.append((number, values))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SupervisedTrainer:
+    """Of units of 10, 20 and 30 tokens; every step takes 4 s, and orders three of four pairs as ranked."""
+    clock = iter(float(t) for t in range(0, 1000, 4))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(Group, "call_each", lambda *_: [
+        {"loss": 0.5, "lr": 1e-4, "grad_norm": float("inf"), "skipped": 1.0, "correct": 3.0, "pairs": 4.0}])
+    none = np.zeros(0, dtype=np.int32)
+    task = Task("rm", "ranking", "", TokenDataset(none, none, none.astype(bool)), np.arange(3), np.arange(0),
+                np.array([10, 20, 30]), 1.0, 2, OptimizerConfig())
+    cfg, cast, heard = Config(), Any, Heard()
+    return SupervisedTrainer(cfg, task, cast, Group("supervised", [None], 1.0), 2,  # type: ignore[arg-type]
+                             Checkpoints(tmp_path / "checkpoints", cfg.checkpoint, {}), Lines(tmp_path / "log"),
+                             heard)  # type: ignore[arg-type]
+
+
+ROW = {"loss": 0.5, "lr": 1e-4, "grad_norm": None, "skipped": 1.0, "correct": 3.0, "pairs": 4.0, "accuracy": 0.75}
+
+
+def test_a_step_is_a_line_and_listeners_hear_its_speed_too(trainer: SupervisedTrainer, tmp_path: Path) -> None:
+    """The start at 0 s; the step from 4 to 8 s, of 10 + 30 tokens: 10 tokens per second."""
+    trainer.learn(np.array([0, 2]))
+    assert json.loads((tmp_path / "log").read_text()) == {"step": 1, **ROW, "seconds": 8.0}
+    ((number, values),) = trainer.listeners.told  # type: ignore[attr-defined]
+    assert number == 1 and values == {**trainer.last, "tokens_per_second": 10.0}
+
+
+def test_what_came_after_a_checkpoint_is_gone(trainer: SupervisedTrainer, tmp_path: Path) -> None:
+    """Gone back to after the first of two steps, to be done again."""
+    trainer.learn(np.array([0]))
+    state = {"step": 1, "last": trainer.last, "metrics": trainer.log.position}
+    trainer.learn(np.array([1]))
+    trainer.roll_back(Checkpoint(1, tmp_path, {"state": state}))
+    trainer.learn(np.array([1]))
+    assert [json.loads(line)["step"] for line in (tmp_path / "log").read_text().splitlines()] == [1, 2]
+    trainer.roll_back(None)
+    assert (tmp_path / "log").read_text() == "" and trainer.step == 0
