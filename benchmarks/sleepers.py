@@ -136,11 +136,12 @@ class SleepingLearner(Role):
         time.sleep(self.pace.update_s)
         return {f"{self.role}_grad_norm": 1.0}
 
-    def connect(self, *_: Any) -> None:
-        pass
+    def connect(self, generators: Sequence[Any], *_: Any) -> None:
+        self.generators = len(generators)
 
-    def push(self, version: int) -> None:
+    def push(self, version: int) -> list[int]:
         time.sleep(self.pace.sync_s)
+        return [version] * self.generators
 
     def snapshot(self, directory: str) -> None:
         pass

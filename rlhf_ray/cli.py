@@ -130,7 +130,7 @@ def _command(argv: list[str]) -> int:
 
         for name in stages_of(cfg, stage):
             check_paths(cfg.data, name)
-    if cfg.logging.wandb == "online" and {"ppo", "eval"} & set(stages_of(cfg, stage)):
+    if cfg.logging.wandb == "online" and set(stages_of(cfg, stage)) - {"compare"}:
         from rlhf_ray.metrics.wandb_run import check_online
 
         check_online()

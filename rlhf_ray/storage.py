@@ -85,6 +85,13 @@ def shown(path: Path) -> str:
     return url_of(path) or str(path)
 
 
+def run_name(directory: Path) -> str:
+    """What a run is called among others, by its output_dir: the name of that, and for one run of a sweep, such as
+    `runs/a/seed=1`, the name of the sweep before it: `a/seed=1`."""
+    parts = (url_of(directory) or os.path.normpath(directory.absolute())).split("/")
+    return "/".join(parts[-2:]) if "=" in parts[-1] else parts[-1]
+
+
 def of_driver(name: str) -> bool:
     """What the driver writes: all but models and the tensors of checkpoints."""
     return not _OF_ACTORS & set(name.split("/")) or name.endswith(_WHOLE)

@@ -175,3 +175,14 @@ def test_doctor_finds_cuda_companions_of_a_cpu_torch() -> None:
     assert "pip uninstall -y torchvision" in check.todo
     assert "torchaudio" not in check.todo
     assert not list(torch_companions("2.13.0", {"torchvision": "0.28.0"}))
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo", "eval"])
+def test_wandbs_key_is_checked_before_a_stage_that_logs_there(stage: str, monkeypatch: pytest.MonkeyPatch,
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    def refused() -> None:
+        raise UserError("no API key")
+
+    monkeypatch.setattr("rlhf_ray.metrics.wandb_run.check_online", refused)
+    assert cli.main([stage, "logging.wandb=online"]) == 2
+    assert capsys.readouterr().err == "rlhf-ray: error: no API key\n"

@@ -15,7 +15,7 @@ from fsspec.registry import register_implementation
 
 from rlhf_ray import remote, storage
 from rlhf_ray.errors import UserError
-from rlhf_ray.storage import CACHE, fetch, local_root, publish, settle, shown, small, url_of, withdraw
+from rlhf_ray.storage import CACHE, fetch, local_root, publish, run_name, settle, shown, small, url_of, withdraw
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +92,15 @@ def test_a_path_says_what_it_is_a_copy_of(given: str, tmp_path: Path, monkeypatc
     assert local_root(given + "/") == root
     begun = root / "ppo/checkpoints/.step-00000012.tmp"
     assert url_of(begun / "x") == f"{given}/ppo/checkpoints/step-00000012/x"  # its final name from the start
+
+
+@pytest.mark.parametrize(("given", "name"), [
+    ("/runs/first", "first"), ("/runs/x/../first/", "first"), ("runs/first", "first"),
+    ("/runs/a/seed=1", "a/seed=1"), ("/runs/b/seed=1", "b/seed=1"),  # of two sweeps
+    ("s3://bucket/team/run", "run"), ("s3://bucket/team/a/algorithm=ppo,seed=1", "a/algorithm=ppo,seed=1"),
+])
+def test_what_a_run_is_called(given: str, name: str) -> None:
+    assert run_name(local_root(given)) == name
 
 
 def test_without_an_environment_variable_copies_are_in_the_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,13 +170,14 @@ class RayEngines:
     def update(self, payload: Any) -> None:
         self._wait([g.update_weights.remote(payload) for g in self._generators])
 
-    def finish(self, version: int, digest: int) -> None:
+    def finish(self, version: int, digest: int) -> list[int]:
         held = self._wait([g.finish_weight_update.remote(version) for g in self._generators])
         wrong = [f"generator {i} holds version {v} with digests {d}" for i, (v, d) in enumerate(held)
                  if v != version or d != [digest] * self._each]
         if wrong:
             raise RuntimeError(f"after the sync to version {version}, digest {digest}: {'; '.join(wrong)}. The weights "
                                "did not arrive as they were sent: check the wire between learners and generators")
+        return [v for v, _ in held]
 
     def _begin(self) -> None:
         """Connecting, or a sync, from here on: all its calls together have one deadline."""

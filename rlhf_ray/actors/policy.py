@@ -285,13 +285,16 @@ class PolicyLearner(RLLearner):
         observe = self._observe if self.algorithm.ema_decay and self.learner.rank == 0 else None
         self.sender = WeightSender(self.learner, engines, backend, *meeting_point, bucket_mib, timeout_s, observe)
 
-    def push(self, version: int) -> None:
-        """Bring all generators to the current weights; they then hold `version`, or this raises."""
+    def push(self, version: int) -> list[int]:
+        """Bring all generators to the current weights; they then hold `version`, or this raises.
+
+        Returns the version that each says it holds, in the order of `connect` (rank 0; the others talk to none).
+        """
         if self.sender is None:
             raise RuntimeError("push before connect")
         self.version = version
         try:
-            self.sender.push(version)
+            return self.sender.push(version)
         except BaseException:  # let go of the wire, or the other generators wait at its end
             self.sender.close()
             self.sender = None

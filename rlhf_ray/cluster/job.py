@@ -20,6 +20,7 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.overview import Overview, RunFiles
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.wire import from_json, to_json
+from rlhf_ray.storage import run_name
 
 UNDER_WAY = "under_way"  # the key of the stage's name
 OVERVIEW = "overview"  # the key of what `rlhf-ray watch` shows; the others are for people
@@ -55,7 +56,7 @@ def told(directory: Path) -> Iterator[None]:
 
 
 def _tell(job: str, files: RunFiles, stop: threading.Event) -> None:
-    name, told_at = files.directory.absolute().name, 0.0
+    name, told_at = run_name(files.directory), 0.0
     before: list[int] | None = None
     try:
         while before is None or not stop.is_set():

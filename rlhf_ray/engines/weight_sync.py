@@ -153,7 +153,7 @@ class Engines(Protocol):
     def init(self, payloads: list[dict[str, Any]]) -> None: ...
     def start(self) -> None: ...
     def update(self, payload: Any) -> None: ...
-    def finish(self, version: int, digest: int) -> None: ...
+    def finish(self, version: int, digest: int) -> list[int]: ...  # the version that each engine says it holds
     def worker_counts(self) -> list[int]: ...
 
 
@@ -163,6 +163,7 @@ class _Client:
     def __init__(self, engines: Engines):
         self._engines = engines
         self.version = 0
+        self.held: list[int] = []
         self.source: LearnerWeights | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -180,7 +181,7 @@ class _Client:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         assert self.source is not None
-        self._engines.finish(self.version, self.source.digest)
+        self.held = self._engines.finish(self.version, self.source.digest)
 
 
 class WeightSender:
@@ -206,10 +207,11 @@ class WeightSender:
         self._client.source = LearnerWeights(learner, bucket, observe)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._client.source)
 
-    def push(self, version: int) -> None:
+    def push(self, version: int) -> list[int]:
         """Bring every engine to the learner's weights and stamp them `version`. Collective over the learner ranks.
 
-        If an engine fails, this raises only after the gathers are done, so that the learners are whole.
+        Returns the version that each engine says it holds (rank 0; the others talk to none). If an engine fails, this
+        raises only after the gathers are done, so that the learners are whole.
         """
         assert self._client.source is not None
         self._client.version = version
@@ -218,6 +220,7 @@ class WeightSender:
             self._engine.send_weights()
         finally:
             self._client.source.finish()
+        return self._client.held
 
     def close(self) -> None:
         self._engine.shutdown()

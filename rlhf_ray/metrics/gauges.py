@@ -1,20 +1,24 @@
 """The numbers of metrics.jsonl as Prometheus gauges, through Ray: they appear beside Ray's own, as `ray_<name>`.
 
-A name is `rlhf_<role>_<what>_<unit>`. A gauge keeps its last number: what an iteration does not measure (None, NaN)
-leaves it as it was. About 20 seconds after the driver has ended Ray drops them all.
+A name is `rlhf_<role>_<what>_<unit>`. A gauge keeps its last number as long as its stage runs: what an iteration does
+not measure (None, NaN) leaves it as it was. Ray drops what has not been said again for 20 seconds, two of its report
+intervals: so they are said again and again, and are gone soon after the stage has ended or its driver was killed.
 """
 
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "ray_"  # which Ray puts before every name
-RUN = "run"  # the label that all have: the name of the run's output_dir
+RUN = "run"  # the label that all have: storage.run_name
+STAGE = "stage"  # the label of the supervised stages' gauges
+REPEAT_S = 4.0  # how often every number is said again: in each of Ray's report intervals, whatever this process is at
 # The unit at the end of a name, and Grafana's word for it.
 UNITS = {
-    "nats_per_token": "none", "nats_per_response": "none", "log_odds": "none",
+    "nats_per_token": "none", "nats_per_response": "none", "nats": "none", "log_odds": "none",
     "points": "none",  # whatever the reward source counts in
     "squared_points": "none", "points_per_nat": "none",
     "advantages": "none",  # of the algorithm: in points, or in their standard deviations
@@ -47,7 +51,7 @@ class Measure:
         return max((unit for unit in UNITS if self.name.endswith(f"_{unit}")), key=len)
 
 
-TABLE = {m.key: m for m in (
+TABLE = {m.key: m for m in (  # of ppo
     Measure("iteration", "rlhf_trainer_iteration_number", "Last iteration that is done."),
     # rewards
     Measure("score", "rlhf_reward_score_points", "Mean score of a response: the weighted sum of all reward sources."),
@@ -68,9 +72,9 @@ TABLE = {m.key: m for m in (
     Measure("empty", "rlhf_generator_empty_responses", "Responses without a token, in an iteration."),
     Measure("repeated_ngrams", "rlhf_generator_repeated_ratio", "Share of 3-grams seen before in their response."),
     Measure("mismatch", "rlhf_generator_mismatch_nats_per_token", "Mean |trainer - engine| log-probability."),
-    Measure("weight_version", "rlhf_generator_weights_number", "Version of the weights that all generators hold."),
-    Measure("weight_versions", "rlhf_generator_engine_weights_number", "Version of the weights that an engine holds.",
-            ("role", "rank")),
+    Measure("weight_version", "rlhf_generator_weights_number", "Oldest version of the weights that a generator holds."),
+    Measure("weight_versions", "rlhf_generator_engine_weights_number", "Version of the weights that an engine said it "
+            "holds, after the last sync.", ("role", "rank")),
     Measure("staleness", "rlhf_generator_behind_versions", "Versions between the weights that sampled an iteration's "
             "oldest responses and those that learnt from them."),
     Measure("importance_ess", "rlhf_policy_importance_effective_ratio", "Effective sample size of the importance "
@@ -113,15 +117,30 @@ TABLE = {m.key: m for m in (
             "sampled.", ("role",)),
     Measure("seconds", "rlhf_trainer_phase_seconds", "Time of each phase of an iteration.", ("phase",)),
     Measure("generators", "rlhf_generator_working_actors", "Generators that share the work."),
-    Measure("restarts", "rlhf_trainer_restarted_actors", "Actors replaced since this driver began."),
+    Measure("restarts", "rlhf_trainer_restarted_actors", "Actors of a role replaced since this driver began.",
+            ("role",)),
     Measure("memory_gib", "rlhf_actor_memory_gib", "Resident memory of an actor.", ("role", "rank")),
+)}
+SUPERVISED = {m.key: m for m in (  # of pretrain, sft, rm and dpo
+    Measure("step", "rlhf_supervised_step_number", "Last optimizer step that is done.", (STAGE,)),
+    Measure("running", "rlhf_supervised_running_stages", "1 while the stage runs, 0 after it; not in metrics.jsonl.",
+            (STAGE,)),
+    Measure("loss", "rlhf_supervised_loss_nats", "Loss of a step: mean over tokens (pretrain, sft), or over pairs of "
+            "each prompt and then prompts (rm, dpo).", (STAGE,)),
+    Measure("accuracy", "rlhf_supervised_accuracy_ratio", "Share of a step's pairs in the order of their ranks (rm, "
+            "dpo).", (STAGE,)),
+    Measure("lr", "rlhf_supervised_learning_rate", "Learning rate.", (STAGE,)),
+    Measure("tokens_per_second", "rlhf_supervised_tokens_per_second", "Tokens of a step over the time that it took; "
+            "not in metrics.jsonl.", (STAGE,)),
 )}
 
 
-def series(values: Mapping[str, Any]) -> Iterator[tuple[Measure, dict[str, str], float]]:
-    """(measure, labels without `run`, number) of every finite number in values that TABLE knows."""
+def series(
+    values: Mapping[str, Any], table: Mapping[str, Measure] = TABLE
+) -> Iterator[tuple[Measure, dict[str, str], float]]:
+    """(measure, labels without `run`, number) of every finite number in values that the table knows."""
     for key, value in values.items():
-        measure, place = _find(key)
+        measure, place = _find(key, table)
         if measure is None:
             continue
         for name, entry in value.items() if isinstance(value, Mapping) else ((place, value),):
@@ -133,33 +152,62 @@ def series(values: Mapping[str, Any]) -> Iterator[tuple[Measure, dict[str, str],
 
 def unknown(keys: Mapping[str, Any]) -> set[str]:
     """Keys of metrics.jsonl that TABLE lacks."""
-    return {key for key in keys if _find(key)[0] is None}
+    return {key for key in keys if _find(key, TABLE)[0] is None}
 
 
-def _find(key: str) -> tuple[Measure | None, str]:
+def _find(key: str, table: Mapping[str, Measure]) -> tuple[Measure | None, str]:
     """(the measure, the number that its key ends with)."""
-    if key in TABLE:
-        return TABLE[key], ""
+    if key in table:
+        return table[key], ""
     numbered = re.fullmatch(r"(.+_)(\d+)", key)
-    return (TABLE.get(f"{numbered[1]}#"), numbered[2]) if numbered else (None, "")
+    return (table.get(f"{numbered[1]}#"), numbered[2]) if numbered else (None, "")
 
 
 class Gauges:
-    """The gauges of one run. Does nothing where Ray does not run."""
+    """The gauges of one stage of a run, said again and again until `close`. Does nothing where Ray does not run."""
 
-    def __init__(self, run: str) -> None:
-        self.run = run
+    def __init__(self, run: str, stage: str) -> None:
+        self.run, self.stage = run, stage
         self._gauges: dict[str, Any] = {}  # by name
+        self._last: dict[str, list[tuple[dict[str, str], float]]] = {}  # by name: labels and number of each series
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._repeating = threading.Thread(target=self._repeat, name="gauges", daemon=True)
+        self._repeating.start()
 
     def set(self, values: Mapping[str, Any]) -> None:
-        """Set all that TABLE knows; values: as metrics.jsonl has them. Nothing is sent here: Ray's own thread does."""
+        """Set all that the stage's table knows; values: as metrics.jsonl has them. Nothing is sent here: Ray's own
+        thread does. Of a gauge that is set, other series than those set now go: those of an actor that is gone."""
         import ray
         from ray.util.metrics import Gauge
 
         if not ray.is_initialized():
             return
-        for measure, labels, number in series(values):
-            gauge = self._gauges.get(measure.name)
-            if gauge is None:
-                gauge = self._gauges[measure.name] = Gauge(measure.name, measure.help, (RUN, *measure.labels))
-            gauge.set(number, {RUN: self.run, **labels})
+        table = TABLE
+        if self.stage != "ppo":
+            values, table = {key: {self.stage: value} for key, value in values.items()}, SUPERVISED
+        found: dict[str, list[tuple[dict[str, str], float]]] = {}
+        with self._lock:
+            for measure, labels, number in series(values, table):
+                if measure.name not in self._gauges:
+                    self._gauges[measure.name] = Gauge(measure.name, measure.help, (RUN, *measure.labels))
+                found.setdefault(measure.name, []).append(({RUN: self.run, **labels}, number))
+            self._last |= found
+            self._say(found)
+
+    def close(self) -> None:
+        """Say nothing again from here on."""
+        self._closed.set()
+        self._repeating.join()
+
+    def _repeat(self) -> None:
+        import ray
+
+        while not self._closed.wait(REPEAT_S):
+            with self._lock:
+                if ray.is_initialized():
+                    self._say(self._last)
+
+    def _say(self, numbers: Mapping[str, list[tuple[dict[str, str], float]]]) -> None:
+        for name, some in numbers.items():
+            for labels, number in some:
+                self._gauges[name].set(number, labels)

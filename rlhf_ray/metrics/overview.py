@@ -190,7 +190,7 @@ class RunFiles:
         return Policy(
             total, step_s, eta_s if stage.state == "running" and total else None,
             {name: fmean(t.get(name, 0.0) for t in times) for name in dict.fromkeys(n for t in times for n in t)},
-            memory_of([row.get("memory_gib") or {} for row in rows], warm), rows[-1].get("restarts") if rows else None,
+            memory_of([row.get("memory_gib") or {} for row in rows], warm), restarts_of(rows[-1]) if rows else None,
             len(alarms), [Ring(**{key: row.get(key, "") for key in Ring.__annotations__}) for row in alarms[-SHOWN:]],
             [Sample(**row) for row in samples if row["iteration"] == samples[-1]["iteration"]],
             ": ".join(text_of(flag).strip().splitlines()) if flag.exists() else None,
@@ -252,6 +252,12 @@ def memory_of(rows: Sequence[Mapping[str, float]], warm: int) -> list[Actor]:
     past = len(rows) > warm
     return [Actor(name, gib, gib / least[name] - 1 if past and least.get(name) else None)
             for name, gib in (rows[-1] if rows else {}).items()]
+
+
+def restarts_of(row: Mapping[str, Any]) -> int | None:
+    """Of all roles; older runs have one number."""
+    found = row.get("restarts")
+    return sum(found.values()) if isinstance(found, dict) else found
 
 
 def pace(seconds: Sequence[float], left: int) -> tuple[float | None, float | None]:

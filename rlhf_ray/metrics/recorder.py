@@ -1,6 +1,6 @@
-"""Where the numbers of a PPO iteration go: metrics.jsonl, the console, Ray's metrics, and wandb if asked for.
+"""Where the numbers of an iteration or a step go: metrics.jsonl, the console, Ray's metrics, and wandb if asked for.
 
-A few of its responses go to samples.jsonl, and to wandb.
+A few responses of a PPO iteration go to samples.jsonl, and to wandb.
 """
 
 import json
@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rlhf_ray.core.types import SampleText
@@ -16,6 +15,7 @@ from rlhf_ray.disk import Log
 from rlhf_ray.metrics.gauges import Gauges
 from rlhf_ray.metrics.progress import console
 from rlhf_ray.metrics.wandb_run import WandbRun
+from rlhf_ray.storage import run_name
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # (key, label on the console, format)
@@ -29,22 +29,53 @@ _SHOWN = (
 )
 
 
-class Recorder:
-    """Appends to `<run_dir>/metrics.jsonl` and `samples.jsonl`, prints, sets Ray's gauges, and forwards to wandb.
+class Listeners:
+    """Who hears of a stage's numbers besides its files: Ray's gauges, and wandb if asked for.
 
-    run_dir: `<output_dir>/<stage>`; the gauges' label `run` is the name of the output_dir.
-    wandb_mode: disabled, offline or online. config: the run's configuration, which wandb keeps; its `ppo.iterations`
-    is the total on the console line.
+    From here on the stage is `running`, at the iteration or step `done`, so that one that never ends its first is seen.
+    run_dir: `<output_dir>/<stage>`. counted: iteration or step. wandb_mode: disabled, offline or online. config: the
+    run's configuration, which wandb keeps. done: how many were before; a stage that goes on is the same run there.
+    total: None if not known.
     """
 
-    def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: dict[str, Any]) -> None:
-        self._total: int | None = (config.get("ppo") or {}).get("iterations")
-        self._files = {name: Log(run_dir / name) for name in (METRICS, SAMPLES)}
-        self._gauges = Gauges(run_dir.resolve().parent.name)
+    def __init__(self, run_dir: Path, counted: str, wandb_mode: str, project: str, config: Mapping[str, Any],
+                 done: int, total: int | None) -> None:
         self._wandb: WandbRun | None = None
         if wandb_mode != "disabled":
-            goes_on = self._files[METRICS].sync() > 0  # a stage that goes on is the same run there
-            self._wandb = WandbRun(run_dir, wandb_mode, project, config, goes_on, self._total)
+            self._wandb = WandbRun(run_dir, wandb_mode, project, config, done > 0, total)
+        self._counted, self._gauges = counted, Gauges(run_name(run_dir.parent), run_dir.name)
+        self._gauges.set({"running": 1, counted: done})
+
+    def log(self, number: int, values: Mapping[str, Any], samples: Sequence[SampleText] = ()) -> None:
+        """One iteration or step (1-based)."""
+        self._gauges.set({self._counted: number, **values})
+        if self._wandb is not None:
+            self._wandb.log(number, values, samples)
+
+    def model(self, directory: Path) -> None:
+        """The model that was made."""
+        if self._wandb is not None:
+            self._wandb.model(directory)
+
+    def close(self) -> None:
+        """The stage runs no more; a second call does nothing."""
+        self._gauges.set({"running": 0})
+        self._gauges.close()
+        if self._wandb is not None:
+            self._wandb.close()
+            self._wandb = None
+
+
+class Recorder:
+    """Of ppo: appends to `<run_dir>/metrics.jsonl` and `samples.jsonl`, prints, and tells Listeners.
+
+    The parameters are those of Listeners; `ppo.iterations` of config is the total on the console line.
+    """
+
+    def __init__(self, run_dir: Path, wandb_mode: str, project: str, config: Mapping[str, Any], done: int = 0) -> None:
+        self._total: int | None = (config.get("ppo") or {}).get("iterations")
+        self._files = {name: Log(run_dir / name) for name in (METRICS, SAMPLES)}
+        self._listeners = Listeners(run_dir, "iteration", wandb_mode, project, config, done, self._total)
 
     def log(self, iteration: int, values: Mapping[str, Any], samples: Sequence[SampleText] = ()) -> None:
         """Record one iteration (1-based): numbers, and dicts of numbers such as `seconds` by phase.
@@ -54,14 +85,11 @@ class Recorder:
         self._files[METRICS].add(json_lines({"iteration": iteration, **values}))
         self._files[SAMPLES].add(json_lines(*({"iteration": iteration, **asdict(sample)} for sample in samples)))
         console.print(console_line(iteration, self._total, values), markup=False, soft_wrap=True)
-        self._gauges.set({"running": 1, "iteration": iteration, **values})
-        if self._wandb is not None:
-            self._wandb.log(iteration, values, samples)
+        self._listeners.log(iteration, values, samples)
 
     def log_model(self, directory: Path) -> None:
         """The model that was made, for wandb."""
-        if self._wandb is not None:
-            self._wandb.model(directory)
+        self._listeners.model(directory)
 
     @property
     def positions(self) -> dict[str, int]:
@@ -77,17 +105,12 @@ class Recorder:
         """Close the files and finish the wandb run; a second call does nothing."""
         for file in self._files.values():
             file.close()
-        self._gauges.set({"running": 0})
-        if self._wandb is not None:
-            self._wandb.close()
-            self._wandb = None
+        self._listeners.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -18,11 +18,14 @@ from rlhf_ray import storage
 from rlhf_ray.core.types import SampleText
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.storage import run_name
 
 TABLES = 20  # of samples, in a run of any length: each is a few files
 ROWS = 60  # of a table
 FINISH_S = 600.0  # for what is still to be sent at the end; `wandb sync` sends the rest
 _COLUMNS = ("iteration", "score", "prompt", "response", "tokens", "truncated")
+_PLACES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")  # environment: where wandb keeps files besides its own directory
+_ours: set[str] = set()  # those of _PLACES that the user has not set
 
 
 def check_online() -> None:
@@ -60,11 +63,11 @@ def check_online() -> None:
 
 
 class WandbRun:
-    """One run there. What goes wrong is said once, and then nothing more is logged; only an online one that cannot
-    begin raises UserError.
+    """One run there, of one stage: `a/seed=1/ppo`. What goes wrong is said once, and then nothing more is logged; only
+    an online one that cannot begin raises UserError.
 
-    run_dir: `<output_dir>/<stage>`, where the file `wandb_id` keeps its name. mode: offline or online. goes_on: whether
-    it is the run of that name; else a new one. total: iterations, None if not known.
+    run_dir: `<output_dir>/<stage>`, where the file `wandb_id` keeps its id. mode: offline or online. goes_on: whether
+    it is the run of that id; else a new one. total: iterations, None if not known.
     """
 
     def __init__(
@@ -73,16 +76,17 @@ class WandbRun:
         self._every = math.ceil((total or 1) / TABLES)
         self._rows: list[list[Any]] = []
         self._run: Any = None
-        name = run_dir / "wandb_id"
-        if not (goes_on and name.is_file()):
-            name.write_text(uuid.uuid4().hex[:8])
+        run, kept = run_name(run_dir.parent), run_dir / "wandb_id"
+        if not (goes_on and kept.is_file()):
+            kept.write_text(uuid.uuid4().hex[:8])
         try:
             wandb = _wandb(run_dir)
             settings = wandb.Settings(silent=True, console="off", disable_git=True, save_code=False,
                                       x_disable_stats=True, x_disable_machine_info=True, finish_timeout=FINISH_S,
                                       finish_timeout_raises=True)
             self._run = wandb.init(project=project, mode=mode, dir=str(run_dir), config=dict(config),
-                                   id=name.read_text(), resume="allow", settings=settings)
+                                   name=f"{run}/{run_dir.name}", group=run, id=kept.read_text(), resume="allow",
+                                   settings=settings)
         except Exception as error:
             if mode == "online":
                 raise UserError(f"logging.wandb=online: {_line(error)}; or take logging.wandb=offline") from error
@@ -152,8 +156,8 @@ def _wandb(run_dir: Path | None) -> Any:
     """The library: it keeps its files in the run's directory, and calls nobody about its own errors."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if run_dir is not None:
-        for variable in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
-            os.environ.setdefault(variable, str(run_dir / "wandb"))
+        _ours.update(variable for variable in _PLACES if variable not in os.environ)
+        os.environ.update(dict.fromkeys(_ours, str(run_dir / "wandb")))
     import wandb
 
     return wandb

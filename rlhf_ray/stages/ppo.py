@@ -100,7 +100,8 @@ def run(cfg: Config) -> None:
             def save() -> None:
                 policy.call(PolicyLearner.save, str(paths.policy))
 
-            with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg)) as recorder:
+            done = checkpoint.step if checkpoint else 0
+            with Recorder(directory, log.wandb, log.wandb_project, asdict(cfg), done) as recorder:
                 watch = Watch(cfg.alarms, directory, save)
                 fleet = Fleet(cast, cfg.roles.generator.replicas, directory)
                 trainer = PPOTrainer(cfg, workers, policy, critic, PromptStream(len(prompts), cfg.seed), stream,

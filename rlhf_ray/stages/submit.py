@@ -33,6 +33,7 @@ from rlhf_ray.core.packing import shortfall
 from rlhf_ray.data.sources import paths_of
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
+from rlhf_ray.storage import local_root, run_name
 from rlhf_ray.train.stage_roles import MODEL, layout_of, roles_of
 from rlhf_ray.versions import find
 
@@ -198,7 +199,8 @@ def entrypoint(job: Job, config_dirs: Sequence[str]) -> str:
 
 
 def metadata(job: Job) -> dict[str, str]:
-    return {"stage": job.stage, "run": Path(job.cfg.output_dir).name, "rlhf_ray": find("rlhf-ray") or "a checkout"}
+    run = run_name(local_root(job.cfg.output_dir))
+    return {"stage": job.stage, "run": run, "rlhf_ray": find("rlhf-ray") or "a checkout"}
 
 
 def job_id(stage: str, cfg: Config) -> str:

@@ -10,15 +10,13 @@ from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
 
 def measures(
     workers: RolloutWorkers, rollouts: Rollouts, judged: Sequence[tuple[float, int]], learnt: Mapping[str, float],
-    seconds: Mapping[str, float], version: int, epochs: int,
+    seconds: Mapping[str, float], held: Mapping[str, int], epochs: int,
 ) -> dict[str, Any]:
     """Entries of metrics.jsonl. judged: (sum of scores, responses) of each shard, if there is a judge; learnt: what the
-    learners report; seconds: of each phase; version: of the weights that every generator holds now, or the sync had
-    raised."""
+    learners report; seconds: of each phase; held: by generator, the version of the weights that it said it holds."""
     costs = workers.costs()
     return {
-        "generators": len(workers.generators), "weight_version": version,
-        "weight_versions": dict.fromkeys(workers.generators.names, version),
+        "generators": len(workers.generators), "weight_version": min(held.values()), "weight_versions": dict(held),
         "empty": sum(i.empty for i in rollouts.infos),
         "repeated_ngrams": sum(i.repeated for i in rollouts.infos) / max(1, sum(i.ngrams for i in rollouts.infos)),
         "reward_seconds": {group.role: costs[group.role]["seconds"] for group in workers.rewards},

@@ -79,6 +79,7 @@ class PPOTrainer:
         self.prompts, self.ptx, self.recorder, self.watch = prompts, ptx, recorder, watch
         self.fleet, self.cast = fleet, fleet.cast
         self.step, self.version = 0, 1
+        self.held: dict[str, int] = {}  # by generator, the version of the weights that it said it holds
         self.ahead = Ahead(workers)
         self.begun = self.done = False
         self.actors: list[ActorInfo] = []  # as they came up
@@ -182,9 +183,8 @@ class PPOTrainer:
         values = {
             **batch.numbers, **measured, **report, "kl_coef": self.kl_coef, "staleness": staleness,
             "waiting_calls": waiting, "seconds": clock.seconds, "memory_gib": self.cast.health.memory_gib(),
-            "restarts": self.recovery.restarts.total(),
-            **measures(self.workers, rollouts, judged, report, clock.seconds, self.version,
-                       self.cfg.algorithm.ppo_epochs),
+            "restarts": {group.role: self.recovery.restarts[group.role] for group in self.cast.groups},
+            **measures(self.workers, rollouts, judged, report, clock.seconds, self.held, self.cfg.algorithm.ppo_epochs),
         }
         self.recorder.log(step, values, samples)
         self.adapt(batch, len(rollouts.lengths))
@@ -277,7 +277,12 @@ class PPOTrainer:
         self.policy.call(PolicyLearner.connect, self.workers.generators.actors, r.tensor_parallel_size,
                          sync_backend(c), self.cast.meeting_point("policy"), c.weight_sync.bucket_mib,
                          c.cluster.call_timeout_s)
-        self.policy.call(PolicyLearner.push, self.version)
+        self.push()
+
+    def push(self) -> None:
+        """Every generator on the wire holds the policy's weights, stamped with their version, or this raises."""
+        held: list[int] = self.policy.call(PolicyLearner.push, self.version)[0]
+        self.held = dict(zip(self.workers.generators.names, held, strict=True))
 
     def push_weights(self, version: int) -> None:
         """Every generator holds the policy's weights, stamped `version`, or this raises. Here they join and leave.
@@ -290,7 +295,7 @@ class PPOTrainer:
                 self.connect()
             else:
                 self.workers.turns.sync()
-                self.policy.call(PolicyLearner.push, version)
+                self.push()
         except Exception as error:
             if self.recovery.heal(error, updated=True):
                 raise Again from error

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.disk import Log
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console, progress_bar
-from rlhf_ray.metrics.recorder import METRICS, json_lines
+from rlhf_ray.metrics.recorder import METRICS, Listeners, json_lines
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.recovery import Recovery, Saver
@@ -98,9 +98,9 @@ class SupervisedTrainer:
     """
 
     def __init__(self, cfg: Config, task: Task, cast: Cast, group: Group, steps: int, checkpoints: Checkpoints,
-                 checkpoint: Checkpoint | None, log: Log):
-        self.cfg, self.task, self.cast, self.group, self.steps, self.log = cfg, task, cast, group, steps, log
-        self.checkpoint = checkpoint
+                 checkpoint: Checkpoint | None, log: Log, listeners: Listeners):
+        self.cfg, self.task, self.cast, self.group, self.steps = cfg, task, cast, group, steps
+        self.checkpoint, self.log, self.listeners = checkpoint, log, listeners
         self.saver = Saver(checkpoints, [group])
         self.recovery = Recovery(cast, [group], self.saver, cfg.cluster.attempts, connect=lambda: None,
                                  roll_back=self.roll_back)
@@ -161,13 +161,17 @@ class SupervisedTrainer:
 
     def learn(self, units: np.ndarray) -> None:
         """One optimizer step."""
+        begun = time.monotonic()
         result = self.dealt(SupervisedLearner.train, units)[0]
         if result["pairs"]:
             result["accuracy"] = result["correct"] / result["pairs"]
             if "margin_sum" in result:
                 result["margin"] = result["margin_sum"] / result["pairs"]
         self.step, self.last = self.step + 1, result
-        self.log.add(json_lines({"step": self.step, **result, "seconds": time.monotonic() - self.started}))
+        now = time.monotonic()
+        self.log.add(json_lines({"step": self.step, **result, "seconds": now - self.started}))
+        speed = float(self.task.weights[units].sum()) / (now - begun)
+        self.listeners.log(self.step, {**result, "tokens_per_second": speed})
 
     def shown(self) -> str:
         """The last step for a person."""
@@ -211,7 +215,9 @@ def supervised(cfg: Config, task: Task, resume: Resume) -> Iterator[SupervisedTr
              for rank in learner_ranks(cast, "supervised", role.ranks)],
             role.threads,
         )
-        with closing(Log(out_dir / METRICS)) as log:
-            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, checkpoint, log)
+        done = checkpoint.step if checkpoint else 0
+        heard = Listeners(out_dir, "step", cfg.logging.wandb, cfg.logging.wandb_project, asdict(cfg), done, steps)
+        with closing(heard), closing(Log(out_dir / METRICS)) as log:
+            trainer = SupervisedTrainer(cfg, task, cast, group, steps, checkpoints, checkpoint, log, heard)
             trainer.val = trainer.persist(lambda: trainer.dealt(SupervisedLearner.evaluate, task.val)[0])
             yield trainer

@@ -93,5 +93,19 @@ def test_a_sync_has_one_deadline_for_all_its_calls(monkeypatch: pytest.MonkeyPat
     engines.init([])
     engines.start()
     engines.update({})
-    engines.finish(2, 0)
+    assert engines.finish(2, 0) == []
     assert waits == [85.0, 90.0, 40.0, 0.0]
+
+
+class Actor:
+    """A generator of one worker that says, whatever it is asked to hold, that it holds this version and digest."""
+
+    def __init__(self, version: int, digest: int):
+        self.finish_weight_update = SimpleNamespace(remote=lambda asked: (version, [digest]))
+
+
+def test_what_engines_hold_is_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "wait", lambda answers, timeout_s, what: answers)
+    assert RayEngines([Actor(7, 99), Actor(7, 99)], 1, 60.0).finish(7, 99) == [7, 7]
+    with pytest.raises(RuntimeError, match=r"generator 1 holds version 6 with digests \[99\]\. The weights did not"):
+        RayEngines([Actor(7, 99), Actor(6, 99)], 1, 60.0).finish(7, 99)

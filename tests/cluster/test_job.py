@@ -70,6 +70,16 @@ def test_progress_is_told_as_it_is_made_and_at_the_end(tmp_path: Path, store: di
     assert all(isinstance(value, str) for value in metadata.values())  # Ray refuses others
 
 
+def test_a_run_of_a_sweep_is_told_from_that_of_another(tmp_path: Path, store: dict[str, Any]) -> None:
+    """Where whoever submitted it gave no name."""
+    del store["mine"]["metadata"]["run"]
+    directory = tmp_path / "a/seed=1"
+    running(directory)
+    with told(directory):
+        until(lambda: progress(store) == "ppo 12/40")
+    assert store["mine"]["metadata"]["run"] == "a/seed=1"
+
+
 def test_outside_of_a_job_nothing_is_told(tmp_path: Path, store: dict[str, Any],
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     for config in (None, "{}", '{"metadata": null}'):

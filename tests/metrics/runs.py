@@ -49,7 +49,7 @@ def iteration(k: int, **values: Any) -> dict[str, Any]:
     """A line of ppo: 4 seconds, of which 1 for sampling."""
     return {"iteration": k, "score": k / 10, "judge_score": k / 20, "kl_per_sequence": k / 4, "entropy": 3 - k / 10,
             "response_length": 20.0 + k, "mismatch": 1.7e-6, "seconds": {"rollout": 1.0, "update": 3.0},
-            "memory_gib": {"policy-0": 2.0, "generator-0": 1.5}, "restarts": 0, **values}
+            "memory_gib": {"policy-0": 2.0, "generator-0": 1.5}, "restarts": {"policy": 0, "generator": 0}, **values}
 
 
 def sample(k: int, prompt: str, response: str, score: float | None = 1.5) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,14 @@ def test_what_grows_is_seen(tmp_path: Path) -> None:
     assert (stage(before, "ppo").step, stage(after, "ppo").step) == (12, 13)
     assert stage(after, "ppo").series["score"][-1] == 9.0
     assert after.policy and after.policy.memory == [] and after.policy.restarts is None  # of a line without them
+
+
+@pytest.mark.parametrize("written", [3, {"policy": 2, "generator": 1, "judge": 0}])  # before it was by role, and now
+def test_replaced_actors_are_those_of_all_roles(written: Any, tmp_path: Path) -> None:
+    run = running(tmp_path)
+    jsonl(run / "ppo/metrics.jsonl", [iteration(1, restarts=written)])
+    p = RunFiles(run).read(NOW).policy
+    assert p and p.restarts == 3
 
 
 def test_a_run_that_went_back(tmp_path: Path) -> None:

@@ -49,7 +49,13 @@ def kept(run: Path) -> bytes:
 
 
 def test_what_a_run_keeps(tmp_path: Path) -> None:
-    """Configuration, metrics, a table for each of 2 iterations, the report and the model; in its own directory."""
+    """Its name, configuration, metrics, a table for each of 2 iterations, the report and the model; in its own
+    directory, though another stage of this process had one before."""
+    earlier, tmp_path = tmp_path / "a/seed=1/sft", tmp_path / "a/seed=1/ppo"
+    for directory in (earlier, tmp_path):
+        directory.mkdir(parents=True)
+    WandbRun(earlier, "offline", "project", {}, False, None).close()
+    before = {path for path in earlier.rglob("*") if path.is_file()}
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").write_bytes(b"weights" * 1000)
     (tmp_path / "report.html").write_text("<p>84.2%</p>")
@@ -62,8 +68,10 @@ def test_what_a_run_keeps(tmp_path: Path) -> None:
     run.close()
     run.close()
     assert tables(tmp_path) == [[[k, 0.5, f"prompt {k}", f"response {k}", 5, False]] * 3 for k in (1, 2)]
-    for words in (b"iterations", b"score", b"rollout", b"policy-", b"model.safetensors", b"report_numbers", b"0.842"):
+    for words in (b"a/seed=1/ppo", b"iterations", b"score", b"rollout", b"policy-", b"model.safetensors",
+                  b"report_numbers", b"0.842"):
         assert words in kept(tmp_path), words
+    assert b"a/seed=1/sft" in kept(earlier) and {path for path in earlier.rglob("*") if path.is_file()} == before
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")
     assert page.read_text() == "<p>84.2%</p>"
     assert not list(tmp_path.rglob("wandb/**/*.safetensors"))  # the model is not copied
@@ -91,11 +99,9 @@ def test_an_iteration_that_is_done_again_is_in_one_table_once(tmp_path: Path) ->
 
 def test_a_stage_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
     names = []
-    for lines in (1, 1, 0):  # the third begins anew, as after resume=never
-        if not lines:
-            (tmp_path / "metrics.jsonl").unlink()
-        with Recorder(tmp_path, "offline", "project", {}) as recorder:
-            recorder.log(1, {"score": 0.5})
+    for done in (0, 1, 0):  # the third begins anew, as after resume=never
+        with Recorder(tmp_path, "offline", "project", {}, done) as recorder:
+            recorder.log(done + 1, {"score": 0.5})
         names.append((tmp_path / "wandb_id").read_text())
         time.sleep(1.1)  # wandb names directories after seconds
     assert names[0] == names[1] != names[2]

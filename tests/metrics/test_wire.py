@@ -37,7 +37,7 @@ def test_however_much_there_is_it_stays_small_and_shows_the_same(tmp_path: Path)
     """2,000 iterations, 64 actors, 50 alarms, texts of 10,000 characters of 3 bytes; the width is the widest."""
     run = running(tmp_path)
     jsonl(run / "ppo/metrics.jsonl", [
-        iteration(k, score=(-1.0) ** k / k, entropy=None if k % 3 else 1 / k, restarts=3,
+        iteration(k, score=(-1.0) ** k / k, entropy=None if k % 3 else 1 / k, restarts={"policy": 1, "generator": 2},
                   memory_gib={f"generator-{i}": 1 + (i * k) / 1e5 for i in range(64)}) for k in range(1, 2001)])
     for stage in ("sft", "rm", "pretrain", "dpo"):
         jsonl(run / stage / "metrics.jsonl", [{"step": k, "loss": 1 / k, "accuracy": 1 - 1 / k} for k in range(1, 999)])

@@ -294,6 +294,6 @@ def test_everything_is_packed_and_sent(here: Path, monkeypatch: pytest.MonkeyPat
                      "own"]) == 0
     assert [shlex.split(command)[:4] for command, _, _ in sent] == [["rlhf-ray", "sft", "--config-dir",
                                                                      "config-dir-0"]] * 2
-    assert [facts["run"] for _, facts, _ in sent] == ["sft.epochs=1", "sft.epochs=2"]
+    assert [facts["run"] for _, facts, _ in sent] == ["run/sft.epochs=1", "run/sft.epochs=2"]
     assert "config-dir-0/experiment/mine.yaml" in sent[0][2] and "demos.jsonl" in sent[0][2]
     assert json.dumps(sent[0][2]) == json.dumps(sent[1][2])

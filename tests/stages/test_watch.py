@@ -36,7 +36,8 @@ def shown(run: Path, width: int = 80) -> str:
 def troubled(run: Path) -> Path:
     """Everything that there can be to show, and long."""
     running(run, iterations=30)
-    rows = [iteration(k, restarts=3, score=-1234.5 * k, seconds={f"phase_{i}": 1.0 + i for i in range(9)},
+    rows = [iteration(k, restarts={"policy": 1, "generator": 2}, score=-1234.5 * k,
+                      seconds={f"phase_{i}": 1.0 + i for i in range(9)},
                       memory_gib={f"generator-{i}": 1.0 + i * k / 100 for i in range(64)}) for k in range(1, 31)]
     jsonl(run / "ppo/metrics.jsonl", rows)
     jsonl(run / "ppo/alarms.jsonl", [{"name": "kl", "iteration": k, "action": "pause", "message": "KL [b]is[/b] high: "

@@ -16,6 +16,7 @@ from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import TokenDataset
 from rlhf_ray.disk import Log
 from rlhf_ray.errors import UserError
+from rlhf_ray.train import supervised as module
 from rlhf_ray.train.checkpoint import Checkpoint
 from rlhf_ray.train.supervised import SupervisedTrainer, Task, batches, deal, split_units
 from train.fakes import Script
@@ -134,6 +135,16 @@ def log(tmp_path: Path) -> Iterator[Log]:
         yield log
 
 
+class Heard:
+    """Listeners that note what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, number: int, values: dict[str, Any]) -> None:
+        self.told.append((number, values))
+
+
 def trainer(script: Script, log: Log, checkpoint: Checkpoint | None = None) -> SupervisedTrainer:
     """Of three steps; no checkpoint falls due."""
     cast: Any = script
@@ -141,7 +152,8 @@ def trainer(script: Script, log: Log, checkpoint: Checkpoint | None = None) -> S
     task = Task(name="sft", objective="lm", path="", data=TokenDataset(none, none, none.astype(bool)),
                 train=np.arange(3), val=np.arange(3), weights=np.ones(3), epochs=1, batch_size=1,
                 optimizer=Config().sft.optimizer)
-    return SupervisedTrainer(Config(), task, cast, script.learners[0], 3, script.checkpoints, checkpoint, log)
+    heard: Any = Heard()
+    return SupervisedTrainer(Config(), task, cast, script.learners[0], 3, script.checkpoints, checkpoint, log, heard)
 
 
 TRAIN, REPLACE = ["train supervised-0"], ["replace supervised-0, to be set up with its group"]
@@ -188,3 +200,13 @@ def test_a_measurement_that_goes_wrong_costs_no_step(script: Script, log: Log) -
         evaluated(trainer(script, log))
     found = script.checkpoints.newest()
     assert found is not None and found.step == 3
+
+
+def test_listeners_hear_how_fast_a_step_was(script: Script, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of one token each: two of them in 4 s are half a token per second. The file has no such number."""
+    trained = trainer(script, log)
+    clock = iter([0.0, 4.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    trained.learn(np.array([0, 2]))
+    assert trained.listeners.told == [(1, {**trained.last, "tokens_per_second": 0.5})]  # type: ignore[attr-defined]
+    assert "tokens_per_second" not in Path(log.path).read_text()
