@@ -1,4 +1,4 @@
-"""Jobs on a real Ray head with a token: submitted, followed, refused, stopped, and gone on with."""
+"""Jobs on a real Ray head with a token: submitted, followed, refused, stopped, gone on with, waiting for each other."""
 
 import json
 import os
