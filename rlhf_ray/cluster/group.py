@@ -374,9 +374,10 @@ class Cast:
         """Those of these groups who do not end in a few seconds what they are at; they are killed.
 
         Whoever is in a collective with one that is lost may not hear of it: a host without power closes no connection.
+        Nor does who still looks for the others of its group.
         """
         asked = {self._actors[m.role, m.index].describe.remote(): m for m in self.health.members.values()
-                 if m.role in roles and m.started_at and not m.gone}
+                 if m.role in roles and not m.gone}
         late = ray.wait(list(asked), num_returns=len(asked), timeout=_LET_GO_S)[1] if asked else []
         for ref in late:
             self.health.kill(asked[ref].name, "hung", f"at work {_LET_GO_S:.0f} s after others of its group were lost")

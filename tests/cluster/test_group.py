@@ -194,12 +194,13 @@ class Ref:
 
 
 class Ray:
-    """Every actor's `setup` gives the next of `setups[ROLE-NUMBER]`, or is done at once; an actor in `dead` raises
+    """Every actor's `setup` gives the next of `setups[ROLE-NUMBER]`, or is done at once; an actor in `dead` raises,
     whatever it is asked. calls: (full name, method)."""
 
     def __init__(self) -> None:
         self.setups: dict[str, list[Any]] = {}
         self.dead, self.calls, self.killed = set[str](), list[tuple[str, str]](), list[str]()
+        self.busy = set[str]()  # actors that do not answer
 
     def remote(self, **_: Any) -> Any:
         return lambda kind: SimpleNamespace(options=lambda name, **_: SimpleNamespace(remote=lambda: Named(self, name)))
@@ -229,7 +230,7 @@ class Named:
             self.ray.calls.append((self.name, method))
             who = {"name": self.name, "actor_class": "Role", "node": "n", "node_id": "n", "pid": 7, "logs": ()}
             planned = self.ray.setups.get(self.name.split(".")[0], []) if method == "setup" else []
-            answer = planned.pop(0) if planned else who
+            answer = planned.pop(0) if planned else who if self.name not in self.ray.busy else LATER
             return Ref(self.name, ActorDiedError() if self.name in self.ray.dead else answer)
 
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=remote), remote=remote)
@@ -325,6 +326,13 @@ def test_who_cannot_be_reached_is_ended(ray: Ray, cast: group.Cast) -> None:
     error.actor_id = "reward-0.1"
     assert names(cast.lost(error)) == [("reward-0.1", "died")]
     assert ray.killed == ["reward-0.1"]
+
+
+def test_who_waits_for_a_lost_one_is_ended_even_if_it_never_came_up(ray: Ray, cast: group.Cast) -> None:
+    """A rank that looks for the others in its first `setup`, where one of them has died."""
+    ray.busy = {"reward-0.1"}
+    assert names(cast.stuck({"reward", "policy"})) == [("reward-0.1", "hung")]
+    assert cast.stuck({"reference"}) == []
 
 
 # -- a call that outlives its actors -----------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def kill(member: Member) -> None:
 
 
 def test_so_may_a_supervised_learner_and_a_generator_of_compare(ray_session, models, tmp_path, monkeypatch):
-    """Once each, in the middle of the stage; what comes out is what comes out without."""
+    """In the middle of the stage, the learner behind its last step too; what comes out is what comes out without."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"tell of {a} and {b}", "response": f"{b} {a}"}) + "\n"
                                for a in WORDS for b in WORDS[:8]))
@@ -125,20 +125,29 @@ def test_so_may_a_supervised_learner_and_a_generator_of_compare(ray_session, mod
         cfg.compare.ranker, cfg.compare.prompts, cfg.compare.max_response_tokens = "people", 160, 12
         with monkeypatch.context() as patched:
             if name == "faulty":
-                learn, answered = supervised.SupervisedTrainer.learn, answers._answered
+                learn, dealt = supervised.SupervisedTrainer.learn, supervised.SupervisedTrainer.dealt
+                answered, measured = answers._answered, []
 
                 def learning(self, units, learn=learn):
                     if self.step == 5 and not self.recovery.restarts:
                         kill(next(m for m in self.recovery.cast.health.members.values() if m.index == 1))
                     learn(self, units)
 
+                def dealing(self, method, units, dealt=dealt, measured=measured):
+                    if method.__name__ == "evaluate":
+                        measured.append(self.step)
+                        if len(measured) == 1:
+                            kill(next(m for m in self.recovery.cast.health.members.values() if m.index == 0))
+                    return dealt(self, method, units)
+
                 def answering(group, parts, *args, answered=answered):
                     for i, part in enumerate(answered(group, parts, *args)):
-                        if i == 1 and len(parts) == 5:  # the first attempt, in which none was done
+                        if i == 1 and len(parts) == 4:  # the first attempt: of five, one is done
                             os.kill(wait([group.actors[0].describe.remote()], 60, "pid")[0]["pid"], signal.SIGKILL)
                         yield part
 
                 patched.setattr(supervised.SupervisedTrainer, "learn", learning)
+                patched.setattr(supervised.SupervisedTrainer, "dealt", dealing)
                 patched.setattr(answers, "_answered", answering)
             sft.run(cfg)
             compare.run(cfg)
