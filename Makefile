@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 LOCK := requirements/cpu.txt
+# Tests that start a Ray have the machine to themselves; the others run on all cores, a thread each.
+ALONE := tests/end_to_end tests/test_mutations.py
+SIDE_BY_SIDE = OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 $(addprefix --ignore ,$(ALONE))
 
 .PHONY: install quickstart test test-fast chaos lint bench clean
 
@@ -29,10 +32,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(SIDE_BY_SIDE)
+	$(BIN)/pytest $(ALONE)
 
 test-fast: install  # without the end-to-end tests and planted faults
-	$(BIN)/pytest --ignore tests/end_to_end --ignore tests/test_mutations.py
+	$(SIDE_BY_SIDE)
 
 chaos: install  # the long form of the tests of faults: one hundred actors, twenty whole runs, two hundred iterations
 	CHAOS_FAULTS=100 CHAOS_KILLS=20 CHAOS_ITERATIONS=200 CHAOS_RESULTS=$(CURDIR)/benchmarks/results \
