@@ -1,10 +1,11 @@
-"""The weight sync from the policy to generators, beside a bare broadcast of the same bytes on the same wire.
+"""The weight sync from the policy to generators, beside a bare broadcast of the same bytes by gloo.
 
     .venv/bin/python benchmarks/weight_sync.py [--workloads W2 M125 M500] [--generators 1 2 4] [--short]
 
 One policy rank and real vLLM engines. A sync is a whole one: gather, digest, buckets, layer by layer into the engine,
-stamp. The broadcast sends as many bytes in buckets of the same size between as many processes, and does nothing with
-them. Both alternate in one run. Prints a table and writes benchmarks/results/weight_sync.json with conditions.
+stamp, on the wire that a run on this machine takes (`weight_sync.backend=gloo` makes it the broadcast's). The broadcast
+sends as many bytes in buckets of the same size between as many processes, and does nothing with them. Both alternate in
+one run. Prints a table and writes benchmarks/results/weight_sync.json with conditions.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    return (f"{row['workload']:<5} {row['mib']:7.0f} MiB to {row['generators']}: sync {row['sync_s']['median']:.3f} s "
-            f"({row['gb_per_s']:.2f} GB/s), broadcast {row['broadcast_s']['median']:.3f} s, "
-            f"broadcast / sync {row['ratio']:.2f}")
+    return (f"{row['workload']:<5} {row['mib']:7.0f} MiB to {row['generators']} by {row['wire']}: "
+            f"sync {row['sync_s']['median']:.3f} s ({row['gb_per_s']:.2f} GB/s), "
+            f"broadcast {row['broadcast_s']['median']:.3f} s, broadcast / sync {row['ratio']:.2f}")
 
 
 def measured(name: str, count: int, models: Path, repeats: int, overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def measured(name: str, count: int, models: Path, repeats: int, overrides: tuple
             broadcasts.append(time.perf_counter() - started)
     sync, broadcast = spread(syncs[1:]), spread(broadcasts[1:])
     return {"workload": name, "parameters": parameters(path), "mib": total / 2**20, "generators": count,
+            "wire": roles.sync_backend(cfg),
             "sync_s": sync, "broadcast_s": broadcast, "gb_per_s": total / 1e9 / sync["median"],
             "ratio": median(b / s for b, s in zip(broadcasts[1:], syncs[1:], strict=True))}
 

@@ -21,10 +21,10 @@ from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.losses import explained_variance, value_loss
 from rlhf_ray.core.masked import Moments, moments
-from rlhf_ray.core.ragged import PackedRows, first_true, pack, take
+from rlhf_ray.core.ragged import PackedRows, first_true, take
 from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_scalar_model, one_row, score_shift, shares_prompts
+from rlhf_ray.models.hub import Packer, load_scalar_model, score_shift
 from rlhf_ray.models.modules import ScalarModel
 
 Batch = TypeVar("Batch", PolicyBatch, CriticBatch)
@@ -55,9 +55,7 @@ class RLLearner(LearnerRole):
 
     cfg: LearnerConfig
     learner: Learner
-    row_length: int
-    one_row: bool
-    shares_prompts: bool
+    packer: Packer
 
     def _read(self, shards: Sequence[Any]) -> list[RolloutBatch]:
         """What this rank is to pass through."""
@@ -78,12 +76,8 @@ class RLLearner(LearnerRole):
             raise ObjectLostError("what another rank was to read", None, "")
         return found
 
-    def _pack(
-        self, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None = None
-    ) -> list[PackedRows]:
-        """prompts [N]: so many first tokens of each sequence are its prompt."""
-        return pack(ids, lengths, self.row_length, self.cfg.micro_batch_tokens, self.one_row,
-                    prompts if self.shares_prompts else None)
+    def _pack(self, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None = None) -> list[PackedRows]:
+        return self.packer(ids, lengths, self.cfg.micro_batch_tokens, prompts)
 
     def _pack_responses(self, batch: Batch) -> list[PackedRows]:
         return self._pack(batch.ids, batch.lengths, first_true(batch.in_response, batch.lengths))
@@ -114,9 +108,9 @@ class CriticLearner(RLLearner):
         self.leave()
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
-        self.cfg, self.row_length, self.one_row, self.algorithm = cfg, model.max_length, one_row(model), algorithm
+        self.cfg, self.algorithm = cfg, algorithm
         self.model = load_scalar_model(path, model)
-        self.shares_prompts = shares_prompts(self.model, model)
+        self.packer = Packer.of(self.model, model)
         self.learner = Learner(ScalarModel(self.model, score_shift(path)), cfg, optimizer, model.dtype, total_steps,
                                device)
 

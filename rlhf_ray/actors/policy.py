@@ -29,7 +29,7 @@ from rlhf_ray.core.ragged import PackedRows, pad, take, unpad
 from rlhf_ray.core.rewards import Shaping
 from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch, TokenDataset
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_causal_lm, load_tokenizer, one_row, save_model, shares_prompts
+from rlhf_ray.models.hub import Packer, load_causal_lm, load_tokenizer, save_model
 from rlhf_ray.models.modules import CausalLM
 
 if TYPE_CHECKING:
@@ -82,13 +82,12 @@ class PolicyLearner(RLLearner):
         self.leave()
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
-        self.path, self.cfg, self.dtype, self.row_length = path, cfg, model.dtype, model.max_length
-        self.one_row = one_row(model)
+        self.path, self.cfg, self.dtype = path, cfg, model.dtype
         self.algorithm, self.kind, self.sampling, self.ptx = algorithm, ALGORITHMS[algorithm.name], sampling, ptx
         high = algorithm.clip_ratio if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
         self.clip = Clip(algorithm.clip_ratio, high, algorithm.dual_clip)
         self.model = load_causal_lm(path, model)
-        self.shares_prompts = shares_prompts(self.model, model)
+        self.packer = Packer.of(self.model, model)
         self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device)
         self.average: dict[str, Tensor] = {}  # EMA of the weights, float32, on rank 0
         self.averaged: dict[str, int] = {}  # up to which version

@@ -10,21 +10,20 @@ import torch
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import ModelConfig, ScorerConfig
-from rlhf_ray.core.ragged import PackedRows, pack
+from rlhf_ray.core.ragged import PackedRows
 from rlhf_ray.core.types import RolloutBatch
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, score_shift, shares_prompts
+from rlhf_ray.models.hub import Packer, load_causal_lm, load_scalar_model, load_tokenizer, score_shift
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 
 class _Scorer(Role):
-    shares_prompts: bool
+    packer: Packer
 
     def _use(self, model: ModelConfig, cfg: ScorerConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(cfg.threads)
         self._seconds = 0.0
-        self.row_length, self.one_row = model.max_length, one_row(model)
         self.micro_batch_tokens = cfg.micro_batch_tokens
 
     def stats(self) -> dict[str, float]:
@@ -39,9 +38,7 @@ class _Scorer(Role):
         self._seconds += time.monotonic() - started
 
     def _pack(self, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None) -> Iterator[PackedRows]:
-        for rows in pack(ids, lengths, self.row_length, self.micro_batch_tokens, self.one_row,
-                         prompts if self.shares_prompts else None):
-            yield rows.to(self.device)
+        return (rows.to(self.device) for rows in self.packer(ids, lengths, self.micro_batch_tokens, prompts))
 
 
 class RewardModel(_Scorer, Reader):
@@ -50,7 +47,7 @@ class RewardModel(_Scorer, Reader):
     def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
         self._use(model, cfg)
         found = load_scalar_model(path, model)
-        self.shares_prompts = shares_prompts(found, model)
+        self.packer = Packer.of(found, model)
         self.module = ScalarModel(found, score_shift(path)).to(self.device).eval()
         self.tokenizer = load_tokenizer(path)
 
@@ -67,6 +64,8 @@ class RewardModel(_Scorer, Reader):
     def scores_of(
         self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, prompts: np.ndarray | None = None
     ) -> np.ndarray:
+        """float32 [N], of any sequences. truncated bool [N]: is to be read as if it ended there; prompts [N]: so many
+        first tokens of each are its prompt, which those that have the same may share."""
         ids = np.insert(ids, np.cumsum(lengths)[truncated], self.tokenizer.eos_token_id)
         lengths = lengths + truncated
         outputs = np.empty(len(ids), dtype=np.float32)
@@ -88,7 +87,7 @@ class ReferenceModel(_Scorer):
         """Take another model."""
         self.module = None  # one at a time in memory
         found = load_causal_lm(path, self.model)
-        self.shares_prompts = shares_prompts(found, self.model)
+        self.packer = Packer.of(found, self.model)
         self.module = CausalLM(found).to(self.device).eval()
 
     def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:

@@ -16,10 +16,10 @@ from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import DPOConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.algorithms.dpo import DPOLoss, dpo_loss, implicit_rewards
 from rlhf_ray.core.losses import RankingLoss, lm_loss, ranking_loss
-from rlhf_ray.core.ragged import PackedRows, pack, take
+from rlhf_ray.core.ragged import PackedRows, take
 from rlhf_ray.core.types import RankedDataset, TokenDataset
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
-from rlhf_ray.models.hub import load_causal_lm, load_scalar_model, load_tokenizer, one_row, save_model, shares_prompts
+from rlhf_ray.models.hub import Packer, load_causal_lm, load_scalar_model, load_tokenizer, save_model
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 
 REFERENCE = "reference.safetensors"  # in a checkpoint of DPO: the responses' log-probabilities under the first weights
@@ -53,8 +53,7 @@ class SupervisedLearner(LearnerRole):
         else:
             self.model = load_causal_lm(path, model, dropout)
             module = CausalLM(self.model)
-        self.row_length, self.one_row = model.max_length, one_row(model)
-        self.shares_prompts = shares_prompts(self.model, model)
+        self.packer = Packer.of(self.model, model)
         self.learner = Learner(module, learner, optimizer, model.dtype, total_steps, device)
 
     def train(self, rows: Sequence[int]) -> dict[str, float]:
@@ -132,8 +131,7 @@ class SupervisedLearner(LearnerRole):
         if isinstance(d, TokenDataset):
             chosen = np.asarray(units, dtype=np.int64)
             weights = take(d.in_loss, d.lengths, chosen)
-            packed = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length,
-                          self.cfg.micro_batch_tokens, self.one_row)
+            packed = self.packer(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.cfg.micro_batch_tokens)
             return [(p, (p.pick(weights, False),)) for p in packed], float(weights.sum())
         batches: list[tuple[PackedRows, tuple]] = []
         members = [np.flatnonzero(d.groups == g) for g in units]
@@ -144,8 +142,8 @@ class SupervisedLearner(LearnerRole):
                 size += int(d.lengths[members[0]].sum())
                 chunk.append(members.pop(0))
             chosen = np.concatenate(chunk)
-            (rows,) = pack(take(d.ids, d.lengths, chosen), d.lengths[chosen], self.row_length, 1 << 60,
-                           self.one_row, d.prompt_lengths[chosen] if self.shares_prompts else None)
+            (rows,) = self.packer(take(d.ids, d.lengths, chosen), d.lengths[chosen], 1 << 60,
+                                  d.prompt_lengths[chosen])
             if self.objective == "ranking":
                 batches.append((rows, (chosen,)))
                 continue

@@ -142,5 +142,5 @@ def check_sync_backend(backend: str, device_gpus: bool, colocated: bool) -> None
         why = "refuses two ranks on one GPU, and generator i shares the GPU of policy rank i"
     else:
         return
-    best = "gloo" if not device_gpus else "ipc" if colocated else "nccl"
+    best = default_sync_backend(device_gpus, colocated, one_host=False)
     raise ValueError(f"weight_sync.backend={backend} {why}; use {best} or auto")

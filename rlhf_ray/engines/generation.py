@@ -1,6 +1,6 @@
 """vLLM inside an actor's own process: sampling with recorded seeds and log-probabilities.
 
-The only file besides `weight_sync` that imports vllm.
+The only file besides `weight_sync` and its wires that imports vllm.
 """
 
 import gc

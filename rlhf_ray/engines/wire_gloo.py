@@ -13,16 +13,13 @@ from vllm.distributed.utils import stateless_init_torch_distributed_process_grou
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
-    TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightSource,
-    WeightTransferEngine,
     WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
 )
 
 from rlhf_ray.engines.gloo import bind_towards
-from rlhf_ray.engines.wire import Background, buckets, described, drawn, ended, metadata, numel
+from rlhf_ray.engines.wire import Background, Receiver, Sender, UpdateInfo, buckets, described, drawn, numel
 
 
 @dataclass
@@ -49,15 +46,6 @@ class GlooTrainerInitInfo(TrainerInitInfo):
     timeout_s: float
 
 
-@dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """What this update will carry, in order."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-
-
 def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> Any:
     """The group, when all have met; `timeout_s` is the deadline of that and of each of its broadcasts."""
     bind_towards(address)
@@ -73,11 +61,11 @@ def broadcast(group: Any, tensor: Tensor) -> Any:
     return group.broadcast([tensor], options)
 
 
-class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """The engine's side: receives packed buckets and loads them layer by layer."""
+class GlooReceiver(Receiver[GlooInitInfo, UpdateInfo]):
+    """The engine's side: receives packed buckets."""
 
     init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    update_info_cls = UpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -90,17 +78,7 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
                            init_info.timeout_s)
         self._bucket_bytes = init_info.bucket_bytes
 
-    def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class synchronises an accelerator afterwards; gloo has none, and `wait` has waited.
-        self.receive_weights(self.parse_update_info(update_info))
-
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        meta = metadata(update_info.names, update_info.dtype_names, update_info.shapes)
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         model: Any = self.model
         arriving: deque[tuple[list[ParamMeta], Tensor, Any]] = deque()
 
@@ -110,18 +88,13 @@ class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
             parts = flat.split([numel(m) for m in bucket])
             model.load_weights([(m.name, p.view(m.shape)) for m, p in zip(bucket, parts, strict=True)])
 
-        for bucket in buckets(meta, self._bucket_bytes):
+        for bucket in buckets(update_info.meta, self._bucket_bytes):
             flat = torch.empty(sum(numel(m) for m in bucket), dtype=bucket[0].dtype)
             arriving.append((bucket, flat, broadcast(self._group, flat)))
             if len(arriving) > 1:  # the next one comes while this one is loaded
                 load()
         while arriving:
             load()
-
-    def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         self._group = None
@@ -137,17 +110,11 @@ def _engines_word(call: Background) -> Iterator[None]:
         raise
 
 
-class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+class GlooSender(Sender[GlooTrainerInitInfo]):
     """The learner's side."""
 
     init_info_cls = GlooTrainerInitInfo
-
-    def __init__(
-        self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool, bucket_bytes: int
-    ) -> None:
-        super().__init__(client=client, source=source, is_sender=is_sender)
-        self._bucket_bytes = bucket_bytes
-        self._group: Any = None
+    _group: Any = None
 
     @classmethod
     def trainer_init(
@@ -167,15 +134,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             joining.join()
         return sender
 
-    def send_weights(self) -> None:
-        assert self.source is not None
-        weights = iter(self.source)
-        if not self.is_sender:
-            for _ in weights:  # the gathers are collective
-                pass
-            return
-        meta = self.source.metadata()
-        self.client.start_weight_update()
+    def _send(self, meta: list[ParamMeta], weights: Iterator[tuple[str, Tensor]]) -> None:
         receiving = Background(lambda: self.client.update_weights(described(meta)))
         sending: list[tuple[Tensor, Any]] = []
         with _engines_word(receiving):
@@ -188,9 +147,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
                 sending = [(flat, broadcast(self._group, flat))]
             for _, work in sending:
                 work.wait()
-        ended(weights)
         receiving.join()
-        self.client.finish_weight_update()
 
     def shutdown(self) -> None:
         self._group = None

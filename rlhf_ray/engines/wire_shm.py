@@ -15,6 +15,7 @@ import mmap
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
@@ -23,15 +24,12 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
-    TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightSource,
-    WeightTransferEngine,
     WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
 )
 
-from rlhf_ray.engines.wire import Background, buckets, described, drawn, ended, metadata, numel
+from rlhf_ray.engines.wire import Background, Receiver, Sender, UpdateInfo, buckets, described, drawn, numel
 
 _ALIGNED = 64  # bytes: where a parameter may begin
 _KEY_BYTES = 32
@@ -56,12 +54,9 @@ class ShmTrainerInitInfo(TrainerInitInfo):
 
 
 @dataclass
-class ShmUpdateInfo(WeightTransferUpdateInfo):
+class ShmUpdateInfo(UpdateInfo):
     """One bucket: its parameters, and the places where they begin, bytes."""
 
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
     places: list[int]
 
 
@@ -81,15 +76,12 @@ def tensor_at(memory: mmap.mmap, place: int, m: ParamMeta) -> Tensor:
     return torch.frombuffer(memory, dtype=m.dtype, count=numel(m), offset=place).view(m.shape)
 
 
-class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """The engine's side: loads from the memory, layer by layer."""
+class ShmReceiver(Receiver[ShmInitInfo, ShmUpdateInfo]):
+    """The engine's side: loads from the memory."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._memory: mmap.mmap | None = None
+    _memory: mmap.mmap | None = None
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         self._memory = None  # of an earlier sender
@@ -102,26 +94,11 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             raise _elsewhere(init_info.host, "it has another file there")
         self._memory = memory
 
-    def start_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # The base class synchronises an accelerator afterwards; here is none.
-        self.receive_weights(self.parse_update_info(update_info))
-
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         assert self._memory is not None, "an update before a connection"
-        meta = metadata(update_info.names, update_info.dtype_names, update_info.shapes)
         model: Any = self.model
         model.load_weights([(m.name, tensor_at(self._memory, place, m))
-                            for m, place in zip(meta, update_info.places, strict=True)])
-
-    def finish_weight_update(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
+                            for m, place in zip(update_info.meta, update_info.places, strict=True)])
 
     def shutdown(self) -> None:
         self._memory = None
@@ -132,17 +109,11 @@ def _elsewhere(host: str, why: str) -> RuntimeError:
                         f"({why}): set weight_sync.backend=gloo")
 
 
-class ShmSender(TrainerWeightTransferEngine[ShmTrainerInitInfo]):
+class ShmSender(Sender[ShmTrainerInitInfo]):
     """The learner's side; rank 0 has the memory."""
 
     init_info_cls = ShmTrainerInitInfo
-
-    def __init__(
-        self, *, client: VLLMWeightSyncClient, source: WeightSource, is_sender: bool, bucket_bytes: int
-    ) -> None:
-        super().__init__(client=client, source=source, is_sender=is_sender)
-        self._bucket_bytes = bucket_bytes
-        self._memory: mmap.mmap | None = None
+    _memory: mmap.mmap | None = None
 
     @classmethod
     def trainer_init(
@@ -163,17 +134,9 @@ class ShmSender(TrainerWeightTransferEngine[ShmTrainerInitInfo]):
                 os.close(file)  # all who need it have mapped it
         return sender
 
-    def send_weights(self) -> None:
-        assert self.source is not None
-        weights = iter(self.source)
-        if not self.is_sender:
-            for _ in weights:  # the gathers are collective
-                pass
-            return
+    def _send(self, meta: list[ParamMeta], weights: Iterator[tuple[str, Tensor]]) -> None:
         assert self._memory is not None, "a sender that was shut down"
-        meta = self.source.metadata()
         where, _ = places(meta)
-        self.client.start_weight_update()
         loading: Background | None = None
         for bucket in buckets(meta, self._bucket_bytes):
             for m, tensor in zip(bucket, drawn(weights, bucket), strict=True):
@@ -184,8 +147,6 @@ class ShmSender(TrainerWeightTransferEngine[ShmTrainerInitInfo]):
             loading = Background(lambda info=info: self.client.update_weights(info))  # type: ignore[misc]
         if loading:
             loading.join()
-        ended(weights)
-        self.client.finish_weight_update()
 
     def shutdown(self) -> None:
         self._memory = None

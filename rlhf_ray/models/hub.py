@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from rlhf_ray import disk, storage
 from rlhf_ray.config.schema import ModelConfig
+from rlhf_ray.core.ragged import PackedRows, pack
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.light import import_transformers
 from rlhf_ray.models.linear import speed_up
@@ -102,16 +105,31 @@ def score_shift(path: str) -> float:
     return float(json.loads((Path(path) / "config.json").read_text()).get(SCORE_SHIFT, 0.0))
 
 
-def one_row(cfg: ModelConfig) -> bool:
-    """Whether sequences are told apart only in micro-batches of one row: see `core.ragged.pack`."""
-    return cfg.attn_implementation == "flash_attention_2"
+@dataclass(frozen=True)
+class Packer:
+    """Sequences to micro-batches, as a model's attention can tell them apart: see `core.ragged.pack`.
 
+    one_row: only in micro-batches of one row. shares_prompts: also where responses share their prompt, for which every
+    layer's attention must take a mask.
+    """
 
-def shares_prompts(model: Any, cfg: ModelConfig) -> bool:
-    """Whether responses may share their prompt in a row: every layer's attention must take the mask for that."""
-    config = model.config.get_text_config()
-    return (cfg.attn_implementation == "sdpa" and not getattr(config, "sliding_window", None)
-            and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"})
+    row_length: int
+    one_row: bool
+    shares_prompts: bool
+
+    @staticmethod
+    def of(model: Any, cfg: ModelConfig) -> "Packer":
+        config, masks = model.config.get_text_config(), cfg.attn_implementation == "sdpa"
+        everywhere = not getattr(config, "sliding_window", None) \
+            and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+        return Packer(cfg.max_length, not masks, masks and everywhere)
+
+    def __call__(
+        self, ids: np.ndarray, lengths: np.ndarray, tokens: int, prompts: np.ndarray | None = None
+    ) -> list[PackedRows]:
+        """Flat ids [T] to micro-batches of at most `tokens` places. prompts [N]: so many first tokens of each sequence
+        are its prompt."""
+        return pack(ids, lengths, self.row_length, tokens, self.one_row, prompts if self.shares_prompts else None)
 
 
 def save_model(

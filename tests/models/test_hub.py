@@ -8,8 +8,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +32,7 @@ from rlhf_ray.config.schema import ModelConfig
 from rlhf_ray.errors import UserError
 from rlhf_ray.models.hub import (
     SCORE_SHIFT,
+    Packer,
     check_same_tokenizer,
     load_causal_lm,
     load_scalar_model,
@@ -302,3 +305,27 @@ def test_two_tokenizers_that_differ_are_refused_by_name(tmp_path: Path) -> None:
     end.save_pretrained(names["same"])
     with pytest.raises(UserError, match="bos or eos differ"):
         check_same_tokenizer(names["policy"], names["same"])
+
+
+# -- how sequences become rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("attention", "more", "packer"), [
+    ("sdpa", {}, Packer(32, one_row=False, shares_prompts=True)),
+    ("sdpa", {"sliding_window": 16}, Packer(32, one_row=False, shares_prompts=False)),
+    ("sdpa", {"layer_types": ["full_attention", "full_attention"]}, Packer(32, one_row=False, shares_prompts=True)),
+    ("sdpa", {"layer_types": ["full_attention", "linear_attention"]}, Packer(32, one_row=False, shares_prompts=False)),
+    ("flash_attention_2", {}, Packer(32, one_row=True, shares_prompts=False)),
+])
+def test_prompts_are_shared_where_every_layer_takes_a_mask(attention: str, more: Any, packer: Packer) -> None:
+    text = SimpleNamespace(**more)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert Packer.of(model, ModelConfig(max_length=32, attn_implementation=attention)) == packer
+
+
+@pytest.mark.parametrize(("shares", "shapes"), [(True, [(1, 5)]), (False, [(2, 4)])])
+def test_a_packer_shares_prompts_only_if_the_model_may(shares: bool, shapes: list[tuple[int, int]]) -> None:
+    """7 8 9 | 1 and 7 8 9 | 2 are five tokens in one row, or eight in two."""
+    ids, lengths = np.array([7, 8, 9, 1, 7, 8, 9, 2], dtype=np.int32), np.array([4, 4])
+    found = Packer(4, False, shares)(ids, lengths, 8, np.array([3, 3]))
+    assert [tuple(rows.ids.shape) for rows in found] == shapes
