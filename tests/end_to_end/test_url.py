@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from end_to_end.small import earlier_stages
 from end_to_end.test_pipeline import RLHF_RAY, SMALL, files  # noqa: F401 - files is a fixture
-from end_to_end.test_resume import kill_everything, metrics, run_until, weights
+from end_to_end.test_resume import Kill, kill_everything, metrics, weights
 from rlhf_ray.config.load import compose
 from rlhf_ray.errors import UserError
 from rlhf_ray.stages import lock, ppo
@@ -71,7 +71,8 @@ def test_others_go_on_exactly(models, reward_model, files, tmp_path, monkeypatch
     url, first, second = f"file://{there}", tmp_path / "first", tmp_path / "second"
     monkeypatch.setenv(CACHE, str(first))
     process = start(url, first, log, *options)
-    assert run_until(local_root(url) / "ppo/metrics.jsonl", 3, 0.3, process), log.read_text()[-3000:]
+    Kill(3, 0.3).wait(process, local_root(url) / "ppo/metrics.jsonl")
+    assert process.poll() is None, log.read_text()[-3000:]
     kill_everything(process)
     shutil.rmtree(first)
 
