@@ -22,7 +22,7 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.load import compose
 from rlhf_ray.config.schema import AlarmsConfig, Config

@@ -154,7 +154,7 @@ class SleepingLearner(Role):
 @contextmanager
 def trainer(pace: Pace, directory: Path, *overrides: str) -> Iterator[Any]:
     """A PPOTrainer of the configuration that the overrides make, with a critic, whose actors sleep."""
-    from rlhf_ray.cluster.group import Cast
+    from rlhf_ray.cluster.cast import Cast
     from rlhf_ray.cluster.runtime import session
     from rlhf_ray.config.load import compose
     from rlhf_ray.data.prompts import PromptStream

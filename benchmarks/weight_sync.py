@@ -24,8 +24,8 @@ from conditions import conditions, spread
 from workloads import config, make
 
 from rlhf_ray.actors.policy import PolicyLearner
-from rlhf_ray.cluster.group import Cast, free_port
-from rlhf_ray.cluster.runtime import session
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.runtime import free_port, session
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.train import roles
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import random
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -98,3 +100,18 @@ def free() -> list[NodeResources]:
 
 def _offer(name: str, resources: Mapping[str, float]) -> NodeResources:
     return NodeResources(name, float(resources.get("CPU", 0)), float(resources.get("GPU", 0)))
+
+
+_PORTS = range(20_000, 30_000)  # no system hands these out to whoever asks for any port, nor does Ray to its workers
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now.
+
+    It will be bound seconds later: none of those that others are given by chance meanwhile.
+    """
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
+    raise UserError(f"no TCP port of {_PORTS.start} to {_PORTS.stop - 1} is free on {socket.gethostname()}")

@@ -11,7 +11,8 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.scorers import ReferenceModel, RewardModel
-from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.group import Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import PromptSet

@@ -7,7 +7,8 @@ import ray
 
 from rlhf_ray import storage
 from rlhf_ray.actors.policy import PolicyLearner
-from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.group import Group
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.schedule import lr_scale

@@ -14,7 +14,8 @@ import ray
 
 from rlhf_ray import storage
 from rlhf_ray.actors.generator import Generator, Sample, sample_seed
-from rlhf_ray.cluster.group import Cast, Group, Overdue, debtors
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.group import Group, Overdue, debtors
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.data.journal import Journal

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.metrics.progress import console
 
 WANTED = "generators"  # the file in the stage's directory

@@ -24,7 +24,8 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from rlhf_ray.actors.learner_role import LearnerRole
-from rlhf_ray.cluster.group import IO, Cast, Group, named, wait
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.group import IO, Group, named, wait
 from rlhf_ray.cluster.health import LOST, Member
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console

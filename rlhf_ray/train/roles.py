@@ -12,7 +12,8 @@ from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import PolicyLearner, Sampling
 from rlhf_ray.actors.rewards import RewardFunction, RewardService
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
-from rlhf_ray.cluster.group import Cast, Group
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.group import Group
 from rlhf_ray.cluster.runtime import address_of
 from rlhf_ray.config.reward_sources import SERVICE
 from rlhf_ray.config.schema import Config

@@ -15,7 +15,8 @@ import numpy as np
 import ray
 
 from rlhf_ray.actors.supervised import SupervisedLearner
-from rlhf_ray.cluster.group import ActorInfo, Cast, Group
+from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.cluster.group import ActorInfo, Group
 from rlhf_ray.config.schema import Config, DPOConfig, OptimizerConfig
 from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset

@@ -1,9 +1,12 @@
-"""Which Ray a run uses, and what is said when it cannot be joined. Nothing is started."""
+"""Which Ray a run uses, what is said when it cannot be joined, and ports. Nothing is started."""
+
+import socket
 
 import pytest
 import ray
 
-from rlhf_ray.cluster.runtime import address_of, session
+from rlhf_ray.cluster import runtime
+from rlhf_ray.cluster.runtime import address_of, free_port, session
 from rlhf_ray.config.schema import ClusterConfig, Config
 from rlhf_ray.errors import UserError
 
@@ -31,3 +34,14 @@ def test_a_cluster_that_cannot_be_joined(error: Exception, says: str, monkeypatc
         pass
     assert str(refused.value).startswith("cluster.address=10.0.0.1:6379: ") and says in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_free_port_is_one_that_no_system_hands_out_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is bound seconds after it was found."""
+    with socket.socket() as taken:
+        taken.bind(("", free_port()))
+        port = taken.getsockname()[1]
+        assert 20_000 <= port < 30_000  # Linux's own begin at 32768, the workers of Ray's end at 19999
+        monkeypatch.setattr(runtime, "_PORTS", range(port, port + 1))
+        with pytest.raises(UserError, match=f"no TCP port of {port} to {port} is free"):
+            free_port()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from end_to_end.small import small_config
 from rlhf_ray.actors.supervised import SupervisedLearner
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.config.schema import OptimizerConfig
 from rlhf_ray.core.types import RankedDataset
 from rlhf_ray.evaluation.schema import validate_report

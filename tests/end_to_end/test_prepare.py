@@ -10,7 +10,7 @@ import ray
 from end_to_end.small import small_config
 from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.policy import PolicyLearner
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.masked import Moments
 from rlhf_ray.core.rewards import Shaping

@@ -10,7 +10,7 @@ import ray
 from end_to_end.small import ppo_run, small_config
 from rlhf_ray import cli
 from rlhf_ray.actors.rewards import RewardFunction
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.config.load import asset_dir
 from rlhf_ray.config.schema import RewardConfig
 from rlhf_ray.core.layout import RoleRequest, plan_layout

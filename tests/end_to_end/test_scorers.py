@@ -6,7 +6,7 @@ import ray
 from end_to_end.small import small_config
 from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.scorers import RewardModel
-from rlhf_ray.cluster.group import Cast
+from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.core.types import RolloutBatch
 from rlhf_ray.train import roles
 

@@ -19,7 +19,7 @@ from ray.util.state import list_actors, list_nodes, list_placement_groups
 
 from end_to_end.small import earlier_stages
 from end_to_end.test_pipeline import RLHF_RAY, SMALL, files  # noqa: F401 - files is a fixture
-from rlhf_ray.cluster.group import free_port
+from rlhf_ray.cluster.runtime import free_port
 
 ROOT = Path(__file__).parents[2]
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port",

@@ -11,7 +11,7 @@ from ray.job_submission import JobStatus
 
 from end_to_end.test_pipeline import RLHF_RAY, files  # noqa: F401 - fixtures
 from end_to_end.test_submit import Head, head, ppo, wait_for  # noqa: F401
-from rlhf_ray.cluster.group import free_port
+from rlhf_ray.cluster.runtime import free_port
 from rlhf_ray.metrics.wire import from_json
 
 ITERATIONS = 24  # of half a second; the metadata are written every two
