@@ -24,7 +24,7 @@ from typing import Any
 from conditions import conditions
 from workloads import PROMPT, RESPONSE, RESPONSES, config, make
 
-from rlhf_ray.cluster.cast import ROLE_ENV
+from rlhf_ray.cluster.role import ROLE_ENV
 from rlhf_ray.config.schema import Config
 
 RESULTS = Path(__file__).parent / "results" / "iteration.json"

@@ -23,8 +23,8 @@ from rlhf_ray.cluster.group import IO, ActorInfo, Group, Overdue, named, wait
 from rlhf_ray.cluster.health import HEALTH, LOST, Health, Member
 from rlhf_ray.cluster.post_mortem import write_post_mortem
 from rlhf_ray.cluster.preflight import Visit, check_nodes
-from rlhf_ray.cluster.role import Role
-from rlhf_ray.cluster.runtime import address_of, free, free_port, nodes
+from rlhf_ray.cluster.role import ROLE_ENV, Role
+from rlhf_ray.cluster.runtime import address_of, free, free_port, nodes, python_of
 from rlhf_ray.config.schema import ClusterConfig
 from rlhf_ray.core.layout import Bundle, Layout, Share
 from rlhf_ray.core.packing import comparison, shortfall
@@ -33,14 +33,6 @@ from rlhf_ray.metrics.progress import console
 from rlhf_ray.storage import shown
 
 T = TypeVar("T")
-
-ROLE_ENV = {
-    # Nothing that runs in a role asks a hub or a usage server for anything.
-    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
-    # glibc gives large pieces of memory back to the system at once; to be given the same activations anew, page by
-    # page, was 8% of the passes and steps of a small model on CPU. Up to 1 GiB stays.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
 
 _GRACE_S = 5.0
 _SOON_S = 10.0  # whoever waits longer for resources is told so
@@ -406,10 +398,13 @@ class Cast:
         env = {**ROLE_ENV, "OMP_NUM_THREADS": str(part.threads)}
         if not share.gpus:
             env["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves the node's GPUs in sight of actors that asked for none
+        environment: dict[str, Any] = {"env_vars": env}
+        if not share.gpus and (python := python_of(part.actor_class.__module__)):
+            environment["py_executable"] = python
         remote: Any = ray.remote
         options = remote(concurrency_groups={HEALTH: 1, IO: 1})(part.actor_class).options(
             name=name, num_cpus=share.cpus, num_gpus=share.gpus, max_concurrency=1,
-            scheduling_strategy=self._in_bundle(role, i), runtime_env={"env_vars": env},
+            scheduling_strategy=self._in_bundle(role, i), runtime_env=environment,
         )
         self._actors[role, i] = actor = options.remote()
         self.health.watch(Member(role, i, name, actor))

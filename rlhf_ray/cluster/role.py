@@ -9,6 +9,14 @@ import ray
 from rlhf_ray.cluster.health import Pulse
 from rlhf_ray.metrics.memory import own_pulse_numbers
 
+ROLE_ENV = {
+    # Nothing that runs in a role asks a hub or a usage server for anything.
+    "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
+    # glibc gives large pieces of memory back to the system at once; to be given the same activations anew, page by
+    # page, was 8% of the passes and steps of a small model on CPU. Up to 1 GiB stays.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+
 
 class Role:
     """Base of all Ray actors of the project.

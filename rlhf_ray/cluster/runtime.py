@@ -8,7 +8,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
@@ -16,6 +16,8 @@ from ray._private.state import available_resources_per_node
 from ray.exceptions import AuthenticationError
 
 from rlhf_ray.cluster.job import told
+from rlhf_ray.cluster.role import ROLE_ENV
+from rlhf_ray.cluster.zygote import OF, Zygote
 from rlhf_ray.config.schema import ClusterConfig, Config
 from rlhf_ray.core.packing import NodeResources
 from rlhf_ray.errors import UserError
@@ -45,12 +47,31 @@ def session(cfg: Config) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    _connect(cfg.cluster, cfg)
+    with _zygote() if address_of(cfg.cluster) == "local" else nullcontext():
+        _connect(cfg.cluster, cfg)
+        try:
+            with told(local_root(cfg.output_dir)):
+                yield
+        finally:
+            ray.shutdown()
+
+
+_zygotes: list[Zygote] = []  # of the session that there is
+
+
+@contextmanager
+def _zygote() -> Iterator[None]:
+    _zygotes.append(Zygote(ROLE_ENV))
     try:
-        with told(local_root(cfg.output_dir)):
-            yield
+        yield
     finally:
-        ray.shutdown()
+        _zygotes.pop().close()
+
+
+def python_of(module: str) -> str:
+    """Ray's `py_executable` for an actor without a GPU whose class is from this module; empty: its own."""
+    return _zygotes[-1].command(OF[module]) if _zygotes and module in OF else ""
+
 
 
 def address_of(cluster: ClusterConfig) -> str:

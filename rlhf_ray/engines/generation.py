@@ -47,6 +47,17 @@ CPU_ENVIRONMENT = {
 }
 
 
+def import_vllm() -> None:
+    """With its environment, and without what it does not need."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.update(CPU_ENVIRONMENT)
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before our own kv_cache_memory_bytes
+    with absent("sklearn", "scipy"):
+        from vllm import LLM  # noqa: F401
+
+
 def kv_cache_bytes(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int:
     """KV cache of an engine on CPU: what `max_num_seqs` of the longest sequences take, roles.generator.kv_cache_gib at
     most. vLLM writes zeros all over it at the start, and to touch a GiB for the first time may take seconds."""
@@ -84,11 +95,9 @@ class GenerationEngine:
         if cfg.tensor_parallel_size == 1:
             # The engine lives in the actor's own process: ready in seconds, and CUDA IPC handles need no pickling.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        if not torch.cuda.is_available():
-            os.environ.update(CPU_ENVIRONMENT)
-            os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would go before our own kv_cache_memory_bytes
-        with absent("sklearn", "scipy"):
-            from vllm import LLM
+        import_vllm()
+        from vllm import LLM
+
         gc.freeze()  # vLLM collects garbage five times as it starts: not again among what was just imported
         from vllm.config import WeightTransferConfig
 
