@@ -153,7 +153,8 @@ def test_supervised_stages_go_on_exactly(stage, ray_session, models, files, tmp_
     def config(directory: Path):
         return compose([*SMALL, *files, f"model.path={models[0]}", f"stages=[{stage}]", f"output_dir={directory}",
                         "roles.supervised.ranks=1", "checkpoint.seconds=0", "logging.wandb=disabled",
-                        "sft.epochs=3", "sft.batch_size=8", "sft.dropout=0.1", "rm.epochs=3", "dpo.epochs=3", "dpo.prompts_per_batch=4"])
+                        "sft.epochs=3", "sft.batch_size=8", "sft.dropout=0.1", "rm.epochs=3", "dpo.epochs=3",
+                        "dpo.prompts_per_batch=4"])
 
     def learning(self, units):
         if self.step == 3 and not out.exists():
