@@ -7,6 +7,7 @@ import math
 import os
 import random
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -47,7 +48,8 @@ def session(cfg: Config) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    with _zygote() if address_of(cfg.cluster) == "local" else nullcontext():
+    forks = address_of(cfg.cluster) == "local" and sys.platform == "linux"  # macOS's libraries do not outlive a fork
+    with _zygote() if forks else nullcontext():
         _connect(cfg.cluster, cfg)
         try:
             with told(local_root(cfg.output_dir)):
@@ -71,7 +73,6 @@ def _zygote() -> Iterator[None]:
 def python_of(module: str) -> str:
     """Ray's `py_executable` for an actor without a GPU whose class is from this module; empty: its own."""
     return _zygotes[-1].command(OF[module]) if _zygotes and module in OF else ""
-
 
 
 def address_of(cluster: ClusterConfig) -> str:

@@ -52,7 +52,8 @@ class Zygote:
 
     def __init__(self, env: Mapping[str, str], trunk: Sequence[str] = TRUNK,
                  branches: Mapping[str, Sequence[str]] = BRANCHES):
-        self._directory = tempfile.mkdtemp(prefix="rlhf_ray-")  # nobody else can look into it
+        # Nobody else can look into it; in /tmp, where Ray has its sockets too: their names must be short.
+        self._directory = tempfile.mkdtemp(prefix="rlhf_ray-", dir="/tmp")
         with ExitStack() as stack:
             listeners = {branch: stack.enter_context(socket.socket(socket.AF_UNIX)) for branch in branches}
             for branch, listener in listeners.items():
