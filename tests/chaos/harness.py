@@ -86,9 +86,13 @@ class Chaos:
 
     @staticmethod
     def _hit(trainer: PPOTrainer, fault: Fault) -> Member | None:
-        """Whoever sits there, struck; None while there is nobody who has said who he is."""
+        """Whoever sits there, struck; None while there is nobody who has said who he is.
+
+        A hang is for who has come up: until then only the deadline of a start counts, which is longer than a run here.
+        """
         for member in list(trainer.cast.health.members.values()):
-            if (member.role, member.index) == (fault.role, fault.index) and member.pid and not member.gone:
+            there = member.started_at if fault.signal == signal.SIGSTOP else member.pid
+            if (member.role, member.index) == (fault.role, fault.index) and there and not member.gone:
                 fault.at, fault.pid = time.monotonic(), member.pid
                 with suppress(ProcessLookupError):  # an earlier fault has just ended it
                     os.kill(member.pid, fault.signal)
