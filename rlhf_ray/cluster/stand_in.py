@@ -1,4 +1,4 @@
-"""What Ray starts as a worker, to be replaced by a fork of the zygote: python -I -S stand_in.py SOCKET WAIT_S ARGUMENTS
+"""What Ray starts as a worker, to be replaced by a fork of the zygote: python -I -S stand_in.py SOCKET ARGUMENTS
 
 It ends when the fork does. If the zygote is gone, or not ready after WAIT_S seconds, it becomes the worker itself. It
 imports next to nothing.
@@ -10,13 +10,14 @@ import socket
 import sys
 
 READY = b"r"
+WAIT_S = 60.0
 
 
-def forked(path: str, wait_s: float, arguments: list[str]) -> bool:
+def forked(path: str, arguments: list[str]) -> bool:
     """Whether there was a fork; it has ended when this returns."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
-            connection.settimeout(max(wait_s, 0.01))
+            connection.settimeout(WAIT_S)
             connection.connect(path)
             if connection.recv(1) != READY:
                 return False
@@ -31,6 +32,6 @@ def forked(path: str, wait_s: float, arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    _, path, wait_s, *arguments = sys.argv
-    if not forked(path, float(wait_s), arguments):
+    _, path, *arguments = sys.argv
+    if not forked(path, arguments):
         os.execv(sys.executable, [sys.executable, *arguments])

@@ -42,7 +42,6 @@ OF = {"rlhf_ray.actors.generator": "generators",  # an actor class's module -> i
       **{f"rlhf_ray.actors.{name}": "learners" for name in ("learners", "policy", "scorers", "supervised")}}
 # One thread; no device; of engines' CPU_ENVIRONMENT what the trunk's imports read.
 _ENV = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
-_WAIT_S = 60.0
 _LET_GO_S = 3.0  # workers end by themselves when Ray does
 _BEGIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from rlhf_ray.cluster import zygote; zygote.main()"
 
@@ -63,12 +62,11 @@ class Zygote:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _BEGIN, json.dumps(sys.path), json.dumps(trunk), json.dumps([*files.items()])],
                 pass_fds=[*files], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                env={**os.environ, **env, **_ENV})
+                start_new_session=True, env={**os.environ, **env, **_ENV})
 
     def command(self, branch: str) -> str:
         """`py_executable` of an actor that is forked from this branch, or an ordinary worker if that is gone."""
-        return shlex.join([sys.executable, "-I", "-S", stand_in.__file__, self._path(branch), str(_WAIT_S)])
+        return shlex.join([sys.executable, "-I", "-S", stand_in.__file__, self._path(branch)])
 
     def close(self) -> None:
         """Its forks end with it."""

@@ -19,10 +19,10 @@ BRANCHES = {"one": [], "two": ["other"]}
 WORKER = """
 import json, os, sys
 import numpy as np
-print(json.dumps({"argv": sys.argv, "forked": sorted({"slow", "other"} & {*sys.modules}), "cwd": os.getcwd(), 
-                  "env": os.environ.get("MINE"),
-                  "name": __name__, "random": np.random.random(), "parent": os.getppid(), "group": os.getpgid(0),
-                  "pid": os.getpid(), "input": sys.stdin.read()}), flush=True)
+print(json.dumps({"argv": sys.argv, "forked": sorted({"slow", "other"} & {*sys.modules}), "cwd": os.getcwd(),
+                  "env": os.environ.get("MINE"), "name": __name__, "random": np.random.random(),
+                  "parent": os.getppid(), "group": os.getpgid(0), "pid": os.getpid(), "input": sys.stdin.read()}),
+      flush=True)
 import neighbour
 """
 
