@@ -96,7 +96,8 @@ def cluster(nodes: int) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     simulated = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": PER_NODE, "object_store_memory": 2**27, "include_dashboard": False})
+        "num_cpus": PER_NODE, "object_store_memory": 2**27, "include_dashboard": False,
+        "_system_config": {"prestart_worker_first_driver": False}})  # else a worker for every CPU that nobody needs
     try:
         for _ in range(nodes - 1):
             simulated.add_node(num_cpus=PER_NODE, object_store_memory=2**27)

@@ -17,6 +17,7 @@ import numpy as np
 import ray
 
 from rlhf_ray.cluster.role import Role
+from rlhf_ray.core.shards import shard_sizes
 from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch, RolloutInfo, SampleText
 
 
@@ -70,10 +71,11 @@ class SleepingGenerator(Role):
         ends = np.sort(np.minimum(rng.lognormal(-1.5, 0.8, len(samples)), 1.0)) * self.pace.generation_s
         ends[-1] = self.pace.generation_s  # every generator has one of the longest
         started = time.monotonic()
-        for first in range(0, len(samples), self.shard_size):
-            some = samples[first : first + self.shard_size]
-            time.sleep(max(0.0, started + ends[first + len(some) - 1] - time.monotonic()))
-            n, tokens = len(some), self.pace.tokens
+        first, tokens = 0, self.pace.tokens
+        for n in shard_sizes(len(samples), self.shard_size):
+            some = samples[first : first + n]
+            first += n
+            time.sleep(max(0.0, started + ends[first - 1] - time.monotonic()))
             lengths = np.full(n, tokens, dtype=np.int32)
             positions = np.array([s.position for s in some])
             yield RolloutBatch(

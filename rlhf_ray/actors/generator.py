@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from rlhf_ray.cluster.role import Role
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
 from rlhf_ray.core.ragged import offsets
 from rlhf_ray.core.repetition import repeated_ngrams
+from rlhf_ray.core.shards import shard_sizes
 from rlhf_ray.core.types import PromptSet, RolloutBatch, RolloutInfo
 from rlhf_ray.engines.generation import GenerationEngine, Request, Response
 
@@ -55,13 +57,10 @@ class Generator(Role):
         if self.engine.version != version:
             raise RuntimeError(f"asked for a rollout of weights {version}, this engine holds {self.engine.version}")
         self.engine.forget_prefixes()  # so that the same samples give the same bits, whatever came before
-        started, finished = time.monotonic(), []
-        for response in self._sample(samples, temperature, max_tokens):
-            finished.append(response)
-            if len(finished) == self.cfg.shard_size:
-                yield from self._shard(samples, finished, time.monotonic() - started)
-                started, finished = time.monotonic(), []
-        if finished:
+        responses = self._sample(samples, temperature, max_tokens)
+        for size in shard_sizes(len(samples), self.cfg.shard_size):
+            started = time.monotonic()
+            finished = list(itertools.islice(responses, size))
             yield from self._shard(samples, finished, time.monotonic() - started)
 
     def answer(self, samples: Sequence[Sample], temperature: float, max_tokens: int) -> list[np.ndarray]:

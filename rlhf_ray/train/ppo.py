@@ -21,6 +21,7 @@ from rlhf_ray.core.kl import adapted_kl_coef
 from rlhf_ray.core.masked import Moments
 from rlhf_ray.core.minibatches import plan_minibatches
 from rlhf_ray.core.rewards import Shaping
+from rlhf_ray.core.shards import of_rank
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console
@@ -246,25 +247,27 @@ class PPOTrainer:
     def update(self, step: int, rollouts: Rollouts, batch: Prepared) -> dict[str, float]:
         """Policy and critic side by side, on the same minibatches."""
         a, order, critic, policy = self.cfg.algorithm, rollouts.canonical_order, [], []
+        sizes = np.array([len(info.lengths) for info in rollouts.infos])
 
-        def windows(ranks: int) -> list[list[Window]]:
+        def parts(shards: list[Any], ranks: int) -> list[tuple[list[Any], list[Window]]]:
+            """For each rank the shards that it needs, and its windows on them."""
             rng = np.random.default_rng((self.cfg.seed, step))
             plan = plan_minibatches(rollouts.lengths[order], ranks, a.minibatch_size, a.ppo_epochs, rng)
-            return [[Window(order[parts[rank]], np.zeros(0, dtype=np.int64)) for parts in plan]
-                    for rank in range(ranks)]
+            mine = [of_rank([order[parts[rank]] for parts in plan], sizes) for rank in range(ranks)]
+            return [([shards[i] for i in needed], [Window(w, np.zeros(0, dtype=np.int64)) for w in windows])
+                    for needed, windows in mine]
 
         if self.critic:
-            critic = self.critic.start_each(
-                CriticLearner.update, [(batch.critic, w) for w in windows(len(self.critic))])
+            critic = self.critic.start_each(CriticLearner.update, parts(batch.critic, len(self.critic)))
         if not self.critic or step > self.cfg.ppo.critic_warmup_iterations:
-            mine = windows(len(self.policy))
+            mine = parts(batch.policy, len(self.policy))
             if self.ptx:  # every optimizer step mixes in text blocks of its own
-                for k in range(len(mine[0])):
+                for k in range(len(mine[0][1])):
                     blocks = self.ptx.take(a.ptx_blocks)
-                    for rank, rank_windows in enumerate(mine):
-                        rank_windows[k] = replace(rank_windows[k], ptx=blocks[rank :: len(mine)])
+                    for rank, (_, windows) in enumerate(mine):
+                        windows[k] = replace(windows[k], ptx=blocks[rank :: len(mine)])
             policy = self.policy.start_each(
-                PolicyLearner.update, [(batch.policy, w, self.kl_coef, self.on_policy) for w in mine])
+                PolicyLearner.update, [(*part, self.kl_coef, self.on_policy) for part in mine])
         wait(critic + policy, self.policy.timeout_s, "update")
         reports: list[dict[str, float]] = [wait(refs[:1], self.policy.timeout_s, "update")[0]
                                            for refs in (critic, policy) if refs]

@@ -221,6 +221,7 @@ class RolloutWorkers:
                     late = {actor._actor_id.hex() for _, actor in streams.values()}
                     raise Overdue(f"rollout: {len(late)} of {len(self.generators)} generators delivered nothing within "
                                   f"{timeout_s:.0f} s", late)
+                ready, _ = ray.wait(list(streams), num_returns=len(streams), timeout=0, fetch_local=False)  # all
                 for stream in list[Any](ready):
                     share, _ = streams[stream]
                     ref, shard = next(stream, None), halves.pop(stream, None)

@@ -1,5 +1,6 @@
 """The real Ray, vLLM and DeepSpeed. Nothing here is a stand-in."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from end_to_end.small import TEXTS, small_config
 from rlhf_ray.cluster.runtime import session
 from rlhf_ray.models.tiny import save_untrained
+
+# Of the clusters that tests start: no worker for each CPU at the first job. No role can use one, for all have an
+# environment of their own.
+os.environ.update({"RAY_prestart_worker_first_driver": "0"})
 
 
 @pytest.fixture(scope="session")
