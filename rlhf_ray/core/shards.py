@@ -1,21 +1,14 @@
 """Shards, the parts in which a batch is sampled and scored: how large they are, and which of them a rank reads."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 
-def shard_sizes(responses: int, largest: int) -> Iterator[int]:
-    """How many responses each shard of an engine has, in the order in which they finish.
-
-    The last ones take longest and keep everybody waiting, so that those before them should be scored by then: each
-    shard has at most half of what is left, but for a quarter of `largest` at least.
-    """
-    least = -(-largest // 4)
-    while responses:
-        size = min(responses, max(least, min(largest, -(-responses // 2))))
-        yield size
-        responses -= size
+def shard_sizes(responses: int, largest: int) -> list[int]:
+    """How many responses each shard of an engine has, in the order in which they finish: as many as may be, the last
+    cut in two. The last responses take longest and keep everybody waiting; those before them are scored by then."""
+    full = max(0, responses - 1) // largest
+    rest = responses - full * largest
+    return [size for size in (*[largest] * full, -(-rest // 2), rest // 2) if size]
 
 
 def of_rank(steps: list[np.ndarray], sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
