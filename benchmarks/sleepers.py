@@ -6,6 +6,7 @@ Every actor answers as the role does whose name it bears, with arrays of the rig
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -125,9 +126,10 @@ class SleepingLearner(Role):
 
     def prepare(self, shards: Sequence[Any], weights: Any, shaping: Any, kl_coef: float, seen: Any) -> Ready:
         policy, critic = [], []
+        found = iter(ray.get([ref for s in shards
+                              for ref in (s.rollout, s.ref_logprobs, s.old_logprobs, s.values, *s.scores)]))
         for shard in shards:
-            rollout, ref, old, values, *_ = ray.get([
-                shard.rollout, shard.ref_logprobs, shard.old_logprobs, shard.values, *shard.scores])
+            rollout, ref, old, values, *_ = itertools.islice(found, 4 + len(shard.scores))
             policy.append(ray.put(PolicyBatch(rollout.ids, rollout.lengths, rollout.in_response, old, ref, ref, ref)))
             critic.append(ray.put(CriticBatch(rollout.ids, rollout.lengths, rollout.in_response, values, ref)))
         numbers = {"score": 0.0, "kl_per_sequence": 0.0, "response_length": float(self.pace.tokens)}

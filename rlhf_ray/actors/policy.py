@@ -126,7 +126,7 @@ class PolicyLearner(RLLearner):
         weights: of the reward sources; seen: moments of the raw scores of earlier iterations.
         """
         a, in_reward = self.algorithm, kl_coef if self.algorithm.kl_in == "reward" else 0.0
-        loaded = self._unless_lost(lambda: [_Loaded.read(s) for s in shards])
+        loaded = self._unless_lost(lambda: _Loaded.read(shards))
         mine = [x.responses.table() for x in loaded] or [np.zeros((0, 4 + len(weights)))]
         everybody = Responses.from_table(self.learner.gather(np.concatenate(mine)))
         assessment = assess(everybody, self.kind, weights, shaping, in_reward, self.sampling.group_size, seen)
@@ -350,17 +350,22 @@ class _Loaded:
     filled: Tensor
 
     @staticmethod
-    def read(shard: ScoredShard) -> _Loaded:
-        rollout, ref = ray.get([shard.rollout, shard.ref_logprobs])
-        old = rollout.sampled_logprobs if shard.old_logprobs is None else ray.get(shard.old_logprobs)
-        values = np.zeros_like(old) if shard.values is None else ray.get(shard.values)
-        scores = np.stack(ray.get(list(shard.scores)))
+    def read(shards: Sequence[ScoredShard]) -> list[_Loaded]:
+        """All of them in one go: every question to the object store takes as long, however little it asks for."""
+        refs = [(s.rollout, s.ref_logprobs, s.old_logprobs, s.values, *s.scores) for s in shards]
+        found = iter(ray.get([ref for of_shard in refs for ref in of_shard if ref is not None]))
+        return [_Loaded._of(*[None if ref is None else next(found) for ref in of_shard]) for of_shard in refs]
+
+    @staticmethod
+    def _of(rollout: Any, ref: Any, old: Any, values: Any, *scores: Any) -> _Loaded:
+        old = rollout.sampled_logprobs if old is None else old
+        values = np.zeros_like(old) if values is None else values
         mask, _ = pad(rollout.in_response, rollout.lengths)
         (old_, filled), (sampled, _), (ref_, _), (values_, _) = (
             pad(x, rollout.lengths) for x in (old, rollout.sampled_logprobs, ref, values))
         kl = torch.where(mask, k1(old_, ref_), 0)
         responses = Responses(rollout.positions, rollout.truncated, mask.sum(1).numpy(), kl.double().sum(1).numpy(),
-                              scores)
+                              np.stack(scores))
         return _Loaded(rollout, responses, old_, sampled, ref_, values_, kl, mask, filled)
 
 

@@ -4,11 +4,15 @@ import numpy as np
 
 
 def shard_sizes(responses: int, largest: int) -> list[int]:
-    """How many responses each shard of an engine has, in the order in which they finish: as many as may be, the last
-    cut in two. The last responses take longest and keep everybody waiting; those before them are scored by then."""
+    """How many responses each shard of an engine has, in the order in which they finish.
+
+    As many as may be; the last shard is cut into a half and two quarters. The last responses take longest and keep
+    everybody waiting, so those before them had better be scored by then.
+    """
     full = max(0, responses - 1) // largest
-    rest = responses - full * largest
-    return [size for size in (*[largest] * full, -(-rest // 2), rest // 2) if size]
+    last = responses - full * largest
+    half, rest = last - last // 2, last // 2
+    return [size for size in (*[largest] * full, half, rest - rest // 2, rest // 2) if size]
 
 
 def of_rank(steps: list[np.ndarray], sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -6,10 +6,10 @@ from rlhf_ray.core.shards import of_rank, shard_sizes
 
 
 @pytest.mark.parametrize(("responses", "largest", "sizes"), [
-    (128, 32, [32, 32, 32, 16, 16]), (64, 64, [32, 32]), (6, 4, [4, 1, 1]), (5, 2, [2, 2, 1]), (3, 1, [1, 1, 1]),
-    (3, 8, [2, 1]), (0, 8, []),
+    (128, 32, [32, 32, 32, 16, 8, 8]), (64, 64, [32, 16, 16]), (6, 4, [4, 1, 1]), (5, 2, [2, 2, 1]), (3, 1, [1, 1, 1]),
+    (3, 8, [2, 1]), (7, 8, [4, 2, 1]), (0, 8, []),
 ])
-def test_the_last_shard_of_an_engine_is_cut_in_two(responses, largest, sizes):
+def test_the_last_shard_of_an_engine_is_cut_into_smaller_ones(responses, largest, sizes):
     assert shard_sizes(responses, largest) == sizes
 
 
