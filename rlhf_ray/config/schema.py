@@ -87,7 +87,7 @@ class GeneratorConfig:
     gpu_memory_utilization: float = opt(0.85, "share of GPU memory vLLM may take", gt=0, le=1)
     max_num_seqs: int = opt(128, "sequences decoded together", ge=1)
     enforce_eager: bool = opt(True, "no graph capture or compilation in vLLM")
-    shard_size: int = opt(32, "rollouts per object-store shard, fewer in the last; scoring starts as shards arrive", ge=1)
+    shard_size: int = opt(32, "rollouts per object-store shard, fewer in the last; scoring starts as they arrive", ge=1)
 
 
 @dataclass
