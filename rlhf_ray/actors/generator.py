@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,8 @@ from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
 from rlhf_ray.core.ragged import offsets
 from rlhf_ray.core.repetition import repeated_ngrams
 from rlhf_ray.core.shards import shard_sizes
-from rlhf_ray.core.types import PromptSet, RolloutBatch, RolloutInfo
+from rlhf_ray.core.types import PromptSet, RolloutBatch, RolloutInfo, Sample
 from rlhf_ray.engines.generation import GenerationEngine, Request, Response
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One rollout to make. position: its place in the whole batch; seed: of its own random stream."""
-
-    position: int
-    prompt_index: int
-    seed: int
 
 
 def sample_seed(run_seed: int, step: int, position: int) -> int:

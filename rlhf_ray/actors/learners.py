@@ -7,7 +7,7 @@ references; it reads the arrays from the object store, and puts what it makes ba
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,34 +20,15 @@ from torch import Tensor
 from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.losses import explained_variance, value_loss
-from rlhf_ray.core.masked import Moments, moments
+from rlhf_ray.core.masked import moments
 from rlhf_ray.core.ragged import PackedRows, first_true, take
-from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch
+from rlhf_ray.core.types import CriticBatch, Moments, PolicyBatch, RolloutBatch, Window
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
 from rlhf_ray.models.hub import Packer, load_scalar_model, score_shift
 from rlhf_ray.models.modules import ScalarModel
 
 Batch = TypeVar("Batch", PolicyBatch, CriticBatch)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class ScoredShard:
-    """References to one shard's arrays: rollout, and per rollout or per token what each role made of it."""
-
-    rollout: Any  # -> RolloutBatch
-    scores: tuple[Any, ...]  # one per reward source, each -> float32 [N]
-    ref_logprobs: Any  # -> float32 [T]
-    old_logprobs: Any = None  # -> float32 [T]; None where the update computes them itself
-    values: Any = None  # -> float32 [T], None without a critic
-
-
-@dataclass(frozen=True)
-class Window:
-    """One optimizer step of one rank: rollout numbers (places in the concatenated shards), ptx block numbers."""
-
-    rollouts: np.ndarray
-    ptx: np.ndarray
 
 
 class RLLearner(LearnerRole):

@@ -17,17 +17,25 @@ from torch import Tensor
 
 from rlhf_ray import storage
 from rlhf_ray.actors.generator import RayEngines
-from rlhf_ray.actors.learners import RLLearner, ScoredShard, Window
+from rlhf_ray.actors.learners import RLLearner
 from rlhf_ray.config.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
 from rlhf_ray.core.algorithms.registry import ALGORITHMS
 from rlhf_ray.core.experience import Responses, assess, token_advantages
 from rlhf_ray.core.importance import effective_sample_size, importance_weights
 from rlhf_ray.core.kl import k1
 from rlhf_ray.core.losses import Clip, entropy_loss, kl_loss, lm_loss, policy_loss
-from rlhf_ray.core.masked import Moments, moments, whiten
+from rlhf_ray.core.masked import moments, whiten
 from rlhf_ray.core.ragged import PackedRows, pad, take, unpad
-from rlhf_ray.core.rewards import Shaping
-from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch, TokenDataset
+from rlhf_ray.core.types import (
+    CriticBatch,
+    Moments,
+    PolicyBatch,
+    RolloutBatch,
+    ScoredShard,
+    Shaping,
+    TokenDataset,
+    Window,
+)
 from rlhf_ray.engines.learner import Learner, MicroBatch, Rank, join_group
 from rlhf_ray.models.hub import Packer, load_causal_lm, load_tokenizer, save_model
 from rlhf_ray.models.modules import CausalLM

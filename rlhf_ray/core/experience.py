@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rlhf_ray.core.algorithms.groups import equal_groups
 from rlhf_ray.core.algorithms.spec import Algorithm
-from rlhf_ray.core.masked import Moments, moments
-from rlhf_ray.core.rewards import Shaping, combine, shape_scores, token_rewards
+from rlhf_ray.core.masked import moments
+from rlhf_ray.core.rewards import combine, shape_scores, token_rewards
+from rlhf_ray.core.types import Moments, Shaping
 
 
 @dataclass(frozen=True)

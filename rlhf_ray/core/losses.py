@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_ray.core.kl import SOUND, k2, k3, safe_exp
-from rlhf_ray.core.masked import Moments, masked_sum
+from rlhf_ray.core.masked import masked_sum
+from rlhf_ray.core.types import Moments
 
 
 @dataclass(frozen=True)

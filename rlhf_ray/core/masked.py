@@ -3,10 +3,11 @@
 Statistics travel between ranks as sums and counts (`Moments`): a mean of means would weigh ranks, not tokens.
 """
 
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlhf_ray.core.types import Moments
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
@@ -17,33 +18,6 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x where mask (bool, same shape) is True: scalar. NaN if there are none."""
     return masked_sum(x, mask) / mask.sum()
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sum, sum of squares and number of entries; adding two gives the moments of both sets together.
-
-    `mean` and `variance` raise ValueError if there are no entries.
-    """
-
-    total: float = 0.0
-    squares: float = 0.0
-    count: float = 0.0
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.total + other.total, self.squares + other.squares, self.count + other.count)
-
-    @property
-    def mean(self) -> float:
-        if self.count <= 0:
-            raise ValueError("moments of no entries: the mask is False everywhere, on all ranks")
-        return self.total / self.count
-
-    @property
-    def variance(self) -> float:
-        """Population variance: divided by count, not count - 1, so that one entry has 0, not NaN."""
-        mean = self.mean
-        return max(0.0, self.squares / self.count - mean * mean)  # rounding may leave a tiny negative number
 
 
 def moments(x: Tensor, mask: Tensor) -> Moments:

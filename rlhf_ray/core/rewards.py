@@ -9,23 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ray.core.masked import Moments
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """What becomes of scores before KL is added; see RewardConfig for each field.
-
-    truncated: score, penalty or drop; max_tokens: the longest response that may be.
-    """
-
-    truncated: str = "score"
-    truncation_penalty: float = -1.0
-    overlong_tokens: int = 0
-    overlong_penalty: float = 1.0
-    normalize: bool = False
-    clip: float | None = None
-    max_tokens: int = 0
+from rlhf_ray.core.types import Moments, Shaping
 
 
 @dataclass(frozen=True)

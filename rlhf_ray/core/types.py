@@ -1,11 +1,13 @@
-"""What moves between the roles: one frozen type per stage of life, every field with its shape.
+"""What moves between the roles: one frozen type per stage of life, every field with its shape. No torch: who only passes
+them on need not import it.
 
-All are ragged (see `core.ragged`): flat per-token arrays [T] over N sequences. Entry t of a per-token array
+Batches are ragged (see `core.ragged`): flat per-token arrays [T] over N sequences. Entry t of a per-token array
 belongs to token t given the tokens before it. They travel through Ray's object store as numpy arrays and are
 read there without a copy.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +142,77 @@ class SampleText:
     tokens: int
     truncated: bool
     score: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One rollout to make. position: its place in the whole batch; seed: of its own random stream."""
+
+    position: int
+    prompt_index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoredShard:
+    """References to one shard's arrays: rollout, and per rollout or per token what each role made of it."""
+
+    rollout: Any  # -> RolloutBatch
+    scores: tuple[Any, ...]  # one per reward source, each -> float32 [N]
+    ref_logprobs: Any  # -> float32 [T]
+    old_logprobs: Any = None  # -> float32 [T]; None where the update computes them itself
+    values: Any = None  # -> float32 [T], None without a critic
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step of one rank: rollout numbers (places in the concatenated shards), ptx block numbers."""
+
+    rollouts: np.ndarray
+    ptx: np.ndarray
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sum, sum of squares and number of entries; adding two gives the moments of both sets together.
+
+    `mean` and `variance` raise ValueError if there are no entries.
+    """
+
+    total: float = 0.0
+    squares: float = 0.0
+    count: float = 0.0
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        if self.count <= 0:
+            raise ValueError("moments of no entries: the mask is False everywhere, on all ranks")
+        return self.total / self.count
+
+    @property
+    def variance(self) -> float:
+        """Population variance: divided by count, not count - 1, so that one entry has 0, not NaN."""
+        mean = self.mean
+        return max(0.0, self.squares / self.count - mean * mean)  # rounding may leave a tiny negative number
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What becomes of scores before KL is added; see RewardConfig for each field.
+
+    truncated: score, penalty or drop; max_tokens: the longest response that may be.
+    """
+
+    truncated: str = "score"
+    truncation_penalty: float = -1.0
+    overlong_tokens: int = 0
+    overlong_penalty: float = 1.0
+    normalize: bool = False
+    clip: float | None = None
+    max_tokens: int = 0
 
 
 def _behind(prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
-from rlhf_ray.actors.generator import Sample
+from rlhf_ray.core.types import Sample
 from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
 
 

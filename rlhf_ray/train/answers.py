@@ -13,11 +13,11 @@ import numpy as np
 import ray
 
 from rlhf_ray import storage
-from rlhf_ray.actors.generator import Generator, Sample, sample_seed
+from rlhf_ray.actors.generator import Generator, sample_seed
 from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.group import Group, Overdue, debtors
 from rlhf_ray.config.schema import Config
-from rlhf_ray.core.types import PromptSet
+from rlhf_ray.core.types import PromptSet, Sample
 from rlhf_ray.data.journal import Journal
 from rlhf_ray.metrics.progress import progress_bar
 from rlhf_ray.train.roles import generators, layout_of

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rlhf_ray.actors.generator import Sample, sample_seed
+from rlhf_ray.actors.generator import sample_seed
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.group import Group
+from rlhf_ray.core.types import Sample
 from rlhf_ray.errors import UserError
 from rlhf_ray.train.rollout import RolloutWorkers
 from rlhf_ray.train.scoring import share

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 from ray.exceptions import ObjectLostError
 
-from rlhf_ray.actors.generator import Sample, sample_seed
-from rlhf_ray.actors.learners import CriticLearner, Window
+from rlhf_ray.actors.generator import sample_seed
+from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import PolicyLearner, Prepared
 from rlhf_ray.cluster.group import ActorInfo, Group, wait
 from rlhf_ray.cluster.timeline import span
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
-from rlhf_ray.core.masked import Moments
 from rlhf_ray.core.minibatches import plan_minibatches
-from rlhf_ray.core.rewards import Shaping
 from rlhf_ray.core.shards import of_rank
+from rlhf_ray.core.types import Moments, Sample, Shaping, Window
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console

@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 import ray
 
-from rlhf_ray.actors.generator import Generator, Sample
-from rlhf_ray.actors.learners import ScoredShard
+from rlhf_ray.actors.generator import Generator
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
 from rlhf_ray.cluster.group import IO, Group, Overdue, debtors, wait
 from rlhf_ray.cluster.health import LOST
-from rlhf_ray.core.types import RolloutInfo, SampleText
+from rlhf_ray.core.types import RolloutInfo, Sample, SampleText, ScoredShard
 from rlhf_ray.train.turns import Turns
 
 SAMPLES = 3  # of an iteration, for people to read

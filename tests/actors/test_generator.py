@@ -8,9 +8,9 @@ import pytest
 from ray.exceptions import TaskCancelledError
 
 from rlhf_ray.actors import generator as module
-from rlhf_ray.actors.generator import Generator, RayEngines, Sample, sample_seed
+from rlhf_ray.actors.generator import Generator, RayEngines, sample_seed
 from rlhf_ray.core.ragged import offsets
-from rlhf_ray.core.types import PromptSet
+from rlhf_ray.core.types import PromptSet, Sample
 from rlhf_ray.engines.generation import Response
 
 

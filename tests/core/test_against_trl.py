@@ -24,8 +24,7 @@ from rlhf_ray.core.importance import importance_weights
 from rlhf_ray.core.kl import k3
 from rlhf_ray.core.logprobs import token_logprobs
 from rlhf_ray.core.losses import Clip, entropy_loss, kl_loss, policy_loss
-from rlhf_ray.core.masked import Moments
-from rlhf_ray.core.rewards import Shaping
+from rlhf_ray.core.types import Moments, Shaping
 
 F64 = torch.float64
 LENGTHS = torch.tensor([6, 3, 1, 4, 2, 5])

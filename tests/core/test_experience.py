@@ -7,8 +7,7 @@ import torch
 
 from rlhf_ray.core.algorithms.registry import ALGORITHMS
 from rlhf_ray.core.experience import Assessment, Responses, assess, token_advantages
-from rlhf_ray.core.masked import Moments
-from rlhf_ray.core.rewards import Shaping
+from rlhf_ray.core.types import Moments, Shaping
 
 PPO, GRPO, DR_GRPO, REINFORCE_PP = (ALGORITHMS[name] for name in ("ppo", "grpo", "dr_grpo", "reinforce_pp"))
 BY_NAME = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.core.masked import Moments, masked_mean, masked_sum, moments, whiten
+from rlhf_ray.core.masked import masked_mean, masked_sum, moments, whiten
+from rlhf_ray.core.types import Moments
 
 X = torch.tensor([1.0, math.nan, 3.0, 8.0])
 MASK = torch.tensor([True, False, True, True])

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.core.masked import Moments, moments
-from rlhf_ray.core.rewards import Shaping, combine, shape_scores, token_rewards
+from rlhf_ray.core.masked import moments
+from rlhf_ray.core.rewards import combine, shape_scores, token_rewards
+from rlhf_ray.core.types import Moments, Shaping
 
 F64 = torch.float64
 

@@ -8,10 +8,10 @@ import ray
 from safetensors.numpy import load_file
 
 from end_to_end.small import small_config
-from rlhf_ray.actors.learners import CriticLearner, Window
+from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.cast import Cast
-from rlhf_ray.core.types import CriticBatch, PolicyBatch, TokenDataset
+from rlhf_ray.core.types import CriticBatch, PolicyBatch, TokenDataset, Window
 from rlhf_ray.train import roles
 
 N, PROMPT = 16, 6

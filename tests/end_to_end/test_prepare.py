@@ -8,13 +8,10 @@ import pytest
 import ray
 
 from end_to_end.small import small_config
-from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.health import LOST
-from rlhf_ray.core.masked import Moments
-from rlhf_ray.core.rewards import Shaping
-from rlhf_ray.core.types import RolloutBatch
+from rlhf_ray.core.types import Moments, RolloutBatch, ScoredShard, Shaping
 from rlhf_ray.train import roles
 
 SHARDS, EACH, PROMPT = 4, 4, 3

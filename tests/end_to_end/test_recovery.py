@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from chaos.harness import Fault, chaos, outcome, recovery_times, results, seeded
 from end_to_end.small import TEXTS, WORDS, earlier_stages, ppo_config, small_config
-from rlhf_ray.actors.generator import Sample
 from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.group import wait
 from rlhf_ray.cluster.health import Member
+from rlhf_ray.core.types import Sample
 from rlhf_ray.data import sources
 from rlhf_ray.data.sentiment import SentimentClassifier
 from rlhf_ray.data.sources import FileData

@@ -5,10 +5,11 @@ import pytest
 import ray
 
 from end_to_end.small import small_config
-from rlhf_ray.actors.generator import Generator, RayEngines, Sample
+from rlhf_ray.actors.generator import Generator, RayEngines
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.actors.scorers import ReferenceModel
 from rlhf_ray.cluster.cast import Cast
+from rlhf_ray.core.types import Sample
 from rlhf_ray.errors import UserError
 from rlhf_ray.train import roles
 from rlhf_ray.train.answers import prompt_set

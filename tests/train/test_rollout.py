@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
-from rlhf_ray.actors.generator import Sample
-from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.cluster.group import Group, Overdue
+from rlhf_ray.core.types import Sample, ScoredShard
 from rlhf_ray.train import rollout as module
 from rlhf_ray.train.rollout import Forgotten, Rollouts, RolloutWorkers
 from rlhf_ray.train.turns import Turns

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.actors.learners import ScoredShard
 from rlhf_ray.actors.policy import OldLogprobs
 from rlhf_ray.cluster.group import Group
+from rlhf_ray.core.types import ScoredShard
 from rlhf_ray.errors import UserError
 from rlhf_ray.train import scoring as module
 from rlhf_ray.train.rollout import Rollouts
