@@ -1,5 +1,5 @@
-"""What moves between the roles: one frozen type per stage of life, every field with its shape. No torch: who only passes
-them on need not import it.
+"""What moves between the roles: one frozen type per stage of life, every field with its shape. No torch: who only
+passes them on need not import it.
 
 Batches are ragged (see `core.ragged`): flat per-token arrays [T] over N sequences. Entry t of a per-token array
 belongs to token t given the tokens before it. They travel through Ray's object store as numpy arrays and are

@@ -151,7 +151,7 @@ def test_generators_that_are_late_are_named_and_stopped(
     """The second has delivered its shard, and not its numbers."""
     clock = iter([0.0, 0.0, 5.0, 8.5])
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    answers = iter([[-1], [], []])
+    answers = iter([[-1], [-1], [], []])
     monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([refs[i] for i in next(answers)], []))
     with pytest.raises(Overdue, match="2 of 2 generators delivered nothing within 9 s") as caught:
         workers.run(SAMPLES, 1, 2)
