@@ -14,6 +14,7 @@ from rlhf_ray.core.ragged import PackedRows
 from rlhf_ray.core.types import RolloutBatch
 from rlhf_ray.models.hub import Packer, load_causal_lm, load_scalar_model, load_tokenizer, score_shift
 from rlhf_ray.models.modules import CausalLM, ScalarModel
+from rlhf_ray.models.processors import use_processors
 
 
 class _Scorer(Role):
@@ -22,7 +23,7 @@ class _Scorer(Role):
     def _use(self, model: ModelConfig, cfg: ScorerConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
-            torch.set_num_threads(cfg.threads)
+            use_processors(cfg.threads)
         self._seconds = 0.0
         self.micro_batch_tokens = cfg.micro_batch_tokens
 

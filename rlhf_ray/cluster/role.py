@@ -15,6 +15,9 @@ ROLE_ENV = {
     # glibc gives large pieces of memory back to the system at once; to be given the same activations anew, page by
     # page, was 8% of the passes and steps of a small model on CPU. Up to 1 GiB stays.
     "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    # A thread that waits for the others of its pass does so asleep: roles share processors, and one that spins takes
+    # the core that another role's thread waits for.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 

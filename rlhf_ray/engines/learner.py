@@ -27,6 +27,7 @@ from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.engines.gloo import bind_towards
 from rlhf_ray.models.modules import CausalLM
+from rlhf_ray.models.processors import use_processors
 from rlhf_ray.models.shards import WEIGHT, Shards
 
 
@@ -49,7 +50,7 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
     )
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(threads)
+        use_processors(threads)
         bind_towards(where.master_address)
     import deepspeed
 
