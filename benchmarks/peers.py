@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from conditions import conditions
 from workloads import PROMPT, RESPONSE, RESPONSES, make, make_varying
 
@@ -35,7 +36,9 @@ PEER_PACKAGES = (
      "lightning-utilities", "isort"],
 )
 CASES = ("ppo-W1", "ppo-W2", "grpo-W2", "rloo-W2", "grpo-W2-varying", "rloo-W2-varying")
-BEST = ["model.dtype=bfloat16", "weight_sync.max_mismatch=0.05", "algorithm.old_logprobs=engine"]
+BEST = ["algorithm.old_logprobs=engine"]
+if torch.cpu._is_avx512_bf16_supported():  # others would only imitate it
+    BEST += ["model.dtype=bfloat16", "weight_sync.max_mismatch=0.05"]
 ALONE = ["roles.policy.threads=2", "roles.reference.threads=2"]  # with no critic each has both cores in its turn
 EXTRA = {"rloo": ["algorithm.old_logprobs=engine"]}  # its KL penalty, in the reward, wants them before the update
 STEP = re.compile(r"'timing/(\w+)': ([0-9.e-]+)")
