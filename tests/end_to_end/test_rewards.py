@@ -77,7 +77,7 @@ calls = 0
 def score(prompts, responses, metadata):
     global calls
     calls += 1
-    if calls > 4:  # an iteration is four shards
+    if calls > 6:  # an iteration is six shards
         {fault}
     return [float(len(r)) for r in responses]
 """
