@@ -77,7 +77,7 @@ def overlap(schedule: str, iterations: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         with trainer(pace, Path(directory), f"schedule={schedule}", f"ppo.iterations={iterations}",
                      "checkpoint.iterations=1000000", "cluster.num_cpus=16", "roles.generator.replicas=4",
-                     "roles.policy.ranks=2", "roles.critic.ranks=2", "roles.generator.shard_size=4",
+                     "roles.policy.ranks=2", "roles.critic.ranks=2", "roles.generator.shard_size=8",
                      f"rollout.batch_size={batch}", f"algorithm.minibatch_size={batch}") as loop:
             found = spread(timed(loop)["iteration_s"][:-1])  # the last has nothing to sample ahead
     scoring = batch * pace.forward_s
