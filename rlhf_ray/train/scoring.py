@@ -89,7 +89,7 @@ class _Waves:
 
 
 def share(items: list[T], ranks: int) -> list[list[T]]:
-    """Deal shards to ranks in turn (they are of one size, whatever their order)."""
+    """Deal shards to ranks in turn; but for the last few of each engine they are of one size."""
     return [items[rank::ranks] for rank in range(ranks)]
 
 
