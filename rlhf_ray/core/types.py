@@ -119,6 +119,10 @@ class RolloutInfo:
     seconds: float
     version: int
 
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
 
 @dataclass(frozen=True)
 class PromptTexts:

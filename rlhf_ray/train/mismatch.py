@@ -14,7 +14,6 @@ from rlhf_ray.cluster.group import Group
 from rlhf_ray.core.types import Sample
 from rlhf_ray.errors import UserError
 from rlhf_ray.train.rollout import RolloutWorkers
-from rlhf_ray.train.scoring import share
 
 PROMPTS = 8  # the first of the prompt set: the same for every run on the same data
 _CAUSES = """\
@@ -46,7 +45,7 @@ def check_first_sync(
 
 
 def _gap(policy: Group, shards: list[Any]) -> float:
-    shares = [(some,) for some in share(shards, len(policy))]
+    shares = [(shards[rank::len(policy)],) for rank in range(len(policy))]
     scored = [old for some in policy.call_each(PolicyLearner.score, shares) for old in some]
     tokens = sum(old.tokens for old in scored)
     return sum(old.gap for old in scored) / tokens if tokens else math.nan

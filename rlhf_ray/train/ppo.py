@@ -18,7 +18,7 @@ from rlhf_ray.cluster.group import ActorInfo, Group, wait
 from rlhf_ray.cluster.timeline import span
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
-from rlhf_ray.core.minibatches import plan_minibatches
+from rlhf_ray.core.minibatches import balance, plan_minibatches
 from rlhf_ray.core.shards import of_rank
 from rlhf_ray.core.types import Moments, Sample, Shaping, Window
 from rlhf_ray.data.prompts import PromptStream
@@ -34,7 +34,7 @@ from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.recovery import Recovery, Saver
 from rlhf_ray.train.roles import sync_backend
 from rlhf_ray.train.rollout import Rollouts, RolloutWorkers
-from rlhf_ray.train.scoring import Scoring, share, unshare
+from rlhf_ray.train.scoring import Scoring, in_order
 from rlhf_ray.train.watch import Watch
 
 
@@ -215,8 +215,8 @@ class PPOTrainer:
                           eager=ahead is None and not self.workers.turns.shared)
         if ahead is None:
             return self.workers.run(self.samples(step), self.version, self.fleet.wanted, scoring.add), scoring
-        for shard in ahead.shards:
-            scoring.add(shard.rollout)
+        for shard, info in zip(ahead.shards, ahead.infos, strict=True):
+            scoring.add(shard.rollout, info.tokens)
         return ahead, scoring
 
     @property
@@ -232,15 +232,16 @@ class PPOTrainer:
         r = self.cfg.reward
         shaping = Shaping(r.truncated, r.truncation_penalty, r.overlong_tokens, r.overlong_penalty, r.normalize, r.clip,
                           self.cfg.rollout.max_response_tokens)
-        shares = share(rollouts.shards, len(self.policy))
+        dealt = balance(np.arange(len(rollouts.shards)), rollouts.shard_tokens, len(self.policy))
         results = self.policy.call_each(
-            PolicyLearner.prepare, [(s, self.weights, shaping, self.kl_coef, self.seen_scores) for s in shares])
+            PolicyLearner.prepare, [([rollouts.shards[i] for i in shards], self.weights, shaping, self.kl_coef,
+                                     self.seen_scores) for shards in dealt])
         if not results[0].seen.count:
             raise UserError("every response of this iteration was cut at rollout.max_response_tokens="
                             f"{self.cfg.rollout.max_response_tokens}, and reward.truncated=drop leaves nothing to "
                             "learn from: raise the first, or set reward.truncated=penalty")
-        return Prepared(unshare([x.policy for x in results]),
-                        unshare([x.critic for x in results]) if self.critic else [], results[0].numbers,
+        return Prepared(in_order(dealt, [x.policy for x in results]),
+                        in_order(dealt, [x.critic for x in results]) if self.critic else [], results[0].numbers,
                         results[0].seen)
 
     def update(self, step: int, rollouts: Rollouts, batch: Prepared) -> dict[str, float]:

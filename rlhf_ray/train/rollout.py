@@ -47,9 +47,14 @@ class Rollouts:
         return np.argsort(np.concatenate([info.positions for info in self.infos]))
 
     @property
+    def shard_tokens(self) -> np.ndarray:
+        """Of each shard, prompts and responses: int64 [shards]."""
+        return np.array([info.tokens for info in self.infos], dtype=np.int64)
+
+    @property
     def tokens(self) -> int:
         """Of prompts and responses."""
-        return int(self.lengths.sum())
+        return int(self.shard_tokens.sum())
 
     @property
     def version(self) -> int:
@@ -86,13 +91,13 @@ class RolloutWorkers:
         self._kept: dict[int, list[_Shard]] = {}  # by share
 
     def run(
-        self, samples: list[Sample], version: int, shares: int, heard: Callable[[Any], None] = lambda shard: None,
-        dropped: threading.Event | None = None,
+        self, samples: list[Sample], version: int, shares: int,
+        heard: Callable[[Any, int], None] = lambda shard, tokens: None, dropped: threading.Event | None = None,
     ) -> Rollouts:
         """Sample everything with weights `version`, in so many shares; scores are on their way when this returns.
 
-        heard: is told of every shard, a reference, as soon as it is there. dropped: once it is set, this raises
-        Forgotten within a second. However it ends, generators leave off what is not done then.
+        heard: is told of every shard, a reference and its tokens, as soon as it is there. dropped: once it is set,
+        this raises Forgotten within a second. However it ends, generators leave off what is not done then.
         Called again with the same arguments, after actors were replaced, it does only what is missing: what is there
         is kept until a call with others, for an update that fails needs it again. Raises one of LOST, when the other
         generators are done, if one died; Overdue if none delivers within the call deadline.
@@ -104,7 +109,7 @@ class RolloutWorkers:
         missing = {i: samples[i::shares] for i in range(shares) if i not in self._kept and samples[i::shares]}
         self._kept = {i: [self._ask(shard) for shard in shards] for i, shards in self._kept.items()}
         for kept in (shard for shards in self._kept.values() for shard in shards):
-            heard(kept.scored.rollout)
+            heard(kept.scored.rollout, kept.info.tokens)
         found: dict[int, list[_Shard]] = {i: [] for i in missing}
         lost: Exception | None = None
         for share, shard, info in self._shards(missing, version, dropped or threading.Event()):
@@ -113,7 +118,7 @@ class RolloutWorkers:
                 del found[share]
             else:
                 found[share].append(self._ask(_Shard(ScoredShard(shard, (), None), None, info)))
-                heard(shard)
+                heard(shard, info.tokens)
         self._kept |= found
         self.turns.learn()
         if lost:

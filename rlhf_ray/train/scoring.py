@@ -1,7 +1,7 @@
 """What the learners say of rollouts before they learn from them: old log-probabilities and values.
 
 Streaming: learners have nothing to do while responses are sampled, so a shard is theirs as soon as it is there. Their
-passes are collective, so they are asked in waves of one shard for each rank.
+passes are collective, so they are asked in waves of one shard for each rank, and in the last of what is left.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import OldLogprobs, PolicyLearner
 from rlhf_ray.cluster.group import Group, wait
+from rlhf_ray.core.minibatches import balance
 from rlhf_ray.errors import UserError
 from rlhf_ray.train.rollout import Rollouts
 
@@ -26,11 +29,11 @@ class Scoring:
         self._policy = _Waves(policy, PolicyLearner.score, eager) if policy else None
         self._critic = _Waves(critic, CriticLearner.values, eager) if critic else None
 
-    def add(self, shard: Any) -> None:
+    def add(self, shard: Any, tokens: int) -> None:
         """A shard is there: a reference to it."""
         for waves in (self._policy, self._critic):
             if waves:
-                waves.add(shard)
+                waves.add(shard, tokens)
 
     def finish(self, rollouts: Rollouts, timeout_s: float) -> dict[str, float]:
         """Wait for all of it, for the rewards and the reference; the shards then have what was found. Returns mean
@@ -60,12 +63,12 @@ class _Waves:
     def __init__(self, group: Group, method: Callable[[Any, Sequence[Any]], list[Any]], eager: bool):
         self._group, self._method = group, method
         self._size = len(group) if eager else 0
-        self._waiting: list[Any] = []
+        self._waiting: list[tuple[Any, int]] = []  # shards, their tokens
         self._places: dict[Any, tuple[Any, int]] = {}  # shard -> the call that answers, the place in its answer
         self._calls: list[Any] = []
 
-    def add(self, shard: Any) -> None:
-        self._waiting.append(shard)
+    def add(self, shard: Any, tokens: int) -> None:
+        self._waiting.append((shard, tokens))
         if len(self._waiting) == self._size:
             self._ask()
 
@@ -81,22 +84,19 @@ class _Waves:
         return [answered[call][place] for call, place in (self._places[shard] for shard in shards)]
 
     def _ask(self) -> None:
-        shares, self._waiting = share(self._waiting, len(self._group)), []
-        calls = self._group.start_each(self._method, [(s,) for s in shares])
+        shards, tokens = zip(*self._waiting, strict=True)
+        dealt = [[shards[i] for i in mine] for mine in balance(np.arange(len(shards)), np.array(tokens),
+                                                               len(self._group))]
+        calls = self._group.start_each(self._method, [(mine,) for mine in dealt])
+        self._waiting = []
         self._calls += calls
-        self._places |= {shard: (call, place) for call, some in zip(calls, shares, strict=True)
-                         for place, shard in enumerate(some)}
+        self._places |= {shard: (call, place) for call, mine in zip(calls, dealt, strict=True)
+                         for place, shard in enumerate(mine)}
 
 
-def share(items: list[T], ranks: int) -> list[list[T]]:
-    """Deal shards to ranks in turn; but for the last few of each engine they are of one size."""
-    return [items[rank::ranks] for rank in range(ranks)]
-
-
-def unshare(parts: list[list[T]]) -> list[T]:
-    """The inverse of `share`."""
-    out: list[Any] = [None] * sum(len(p) for p in parts)
-    for rank, part in enumerate(parts):
-        out[rank :: len(parts)] = part
-    return out
+def in_order(dealt: Sequence[np.ndarray], answers: Sequence[Sequence[T]]) -> list[T]:
+    """What was answered of each shard. dealt: shard numbers, by rank; answers: of each of them, by rank."""
+    by_shard = {int(shard): answer for shards, some in zip(dealt, answers, strict=True)
+                for shard, answer in zip(shards, some, strict=True)}
+    return [by_shard[shard] for shard in sorted(by_shard)]
 

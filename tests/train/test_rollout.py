@@ -18,6 +18,7 @@ from rlhf_ray.train.rollout import Forgotten, Rollouts, RolloutWorkers
 from rlhf_ray.train.turns import Turns
 
 SAMPLES = [Sample(i, i, i) for i in range(3)]
+NUMBERS = SimpleNamespace(tokens=7)  # of any shard
 
 
 class Actor:
@@ -32,7 +33,7 @@ class Actor:
             what = first if isinstance(first, str) else "shard " + "".join(str(s.position) for s in first)
             self.calls.append(f"{self.name} {what}")
             if method == "rollout":
-                return iter([ActorDiedError()] if self.dead else [what, f"numbers of {what}"])
+                return iter([ActorDiedError()] if self.dead else [what, NUMBERS])
             return self.name, what
 
         return SimpleNamespace(remote=remote, options=lambda **_: SimpleNamespace(remote=remote))
@@ -118,12 +119,16 @@ def test_of_other_weights_or_samples_nothing_is_kept(workers: RolloutWorkers, sa
 
 
 def test_every_shard_is_told_of_when_it_is_there_and_those_that_were_kept_at_once(workers: RolloutWorkers) -> None:
-    heard: list[str] = []
-    workers.run(SAMPLES, 1, 2, heard.append)
-    assert heard == ["shard 1", "shard 02"]
+    heard: list[tuple[str, int]] = []
+
+    def hear(shard: str, tokens: int) -> None:
+        heard.append((shard, tokens))
+
+    workers.run(SAMPLES, 1, 2, hear)
+    assert heard == [("shard 1", 7), ("shard 02", 7)]
     heard.clear()
-    workers.run(SAMPLES, 1, 2, heard.append)
-    assert heard == ["shard 02", "shard 1"]
+    workers.run(SAMPLES, 1, 2, hear)
+    assert heard == [("shard 02", 7), ("shard 1", 7)]
 
 
 def test_a_rollout_that_is_dropped_ends_and_the_generators_stop(
@@ -156,7 +161,7 @@ def test_generators_that_are_late_are_named_and_stopped(
     with pytest.raises(Overdue, match="2 of 2 generators delivered nothing within 9 s") as caught:
         workers.run(SAMPLES, 1, 2)
     assert caught.value.debtors == {"g0", "g1"}
-    assert Actor.calls[2:] == ["cancelled: shard 02", "cancelled: numbers of shard 1"]
+    assert Actor.calls[2:] == ["cancelled: shard 02", f"cancelled: {NUMBERS}"]
 
 
 def test_what_is_done_is_not_cancelled(workers: RolloutWorkers) -> None:

@@ -1,9 +1,10 @@
-"""Dealing shards to ranks, in waves, and putting their answers back in order. Actors are names here."""
+"""Asking ranks in waves, and putting their answers back in order. Actors are names here."""
 
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_ray.actors.policy import OldLogprobs
@@ -12,25 +13,12 @@ from rlhf_ray.core.types import ScoredShard
 from rlhf_ray.errors import UserError
 from rlhf_ray.train import scoring as module
 from rlhf_ray.train.rollout import Rollouts
-from rlhf_ray.train.scoring import Scoring
-from rlhf_ray.train.scoring import share as _share
-from rlhf_ray.train.scoring import unshare as _unshare
-
-
-def test_shards_are_dealt_in_turn() -> None:
-    assert _share(["a", "b", "c", "d", "e"], 2) == [["a", "c", "e"], ["b", "d"]]
-    assert _share(["a"], 3) == [["a"], [], []]  # every rank is called, with nothing if need be
+from rlhf_ray.train.scoring import Scoring, in_order
 
 
 def test_answers_come_back_in_the_order_of_the_shards() -> None:
-    assert _unshare([["A", "C", "E"], ["B", "D"]]) == ["A", "B", "C", "D", "E"]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9])
-def test_one_is_the_inverse_of_the_other(count: int, ranks: int) -> None:
-    shards = list(range(count))
-    assert _unshare(_share(shards, ranks)) == shards
+    assert in_order([np.array([3, 0]), np.array([], dtype=np.int64), np.array([1, 2])],
+                    [["D", "A"], [], ["B", "C"]]) == ["A", "B", "C", "D"]
 
 
 class Rank:
@@ -71,7 +59,7 @@ def test_learners_score_in_waves_while_shards_come(calls: list[str]) -> None:
     scoring = Scoring(Group("p", [Rank(n, calls) for n in ("p0", "p1")], 9.0), Group("c", [Rank("c0", calls)], 9.0),
                       eager=True)
     for shard in ("3", "1", "2"):
-        scoring.add(shard)
+        scoring.add(shard, 10)
         calls.append("-")
     found = rollouts("1", "2", "3")
     numbers = scoring.finish(found, 9.0)
@@ -84,20 +72,21 @@ def test_learners_score_in_waves_while_shards_come(calls: list[str]) -> None:
 
 
 def test_without_time_for_it_they_score_all_at_once(calls: list[str]) -> None:
+    """Each rank as many tokens, not as many shards."""
     scoring = Scoring(Group("p", [Rank(n, calls) for n in ("p0", "p1")], 9.0), None, eager=False)
-    for shard in ("1", "2", "3"):
-        scoring.add(shard)
+    for shard, tokens in (("1", 16), ("2", 32), ("3", 16)):
+        scoring.add(shard, tokens)
     assert not calls
     found = rollouts("1", "2", "3")
     scoring.finish(found, 9.0)
-    assert calls == ["p0 score 1 3", "p1 score 2"]
+    assert calls == ["p0 score 2", "p1 score 1 3"]
     assert [s.values for s in found.shards] == [None] * 3
 
 
 def test_a_shard_of_a_lost_generator_is_scored_in_vain(calls: list[str]) -> None:
     scoring = Scoring(Group("p", [Rank("p0", calls)], 9.0), None, eager=True)
-    scoring.add("1")
-    scoring.add("2")
+    scoring.add("1", 10)
+    scoring.add("2", 10)
     found = rollouts("2")
     assert scoring.finish(found, 9.0)["mismatch"] == 2 / 10
     assert [s.old_logprobs for s in found.shards] == ["logprobs of 2 by p0"]
