@@ -94,7 +94,7 @@ def run(cfg: Config) -> None:
             workers = RolloutWorkers(
                 generators, roles.reward_sources(cast, cfg, reward, sft, texts),
                 roles.reference_models(cast, cfg, sft), roles.judge(cast, sft, task_data.judge()) if watched else None,
-                Turns(generators, policy, roles.shares_devices(cfg)),
+                Turns(generators, roles.sharing(cfg, policy, critic)),
                 cfg.rollout.temperature, cfg.rollout.max_response_tokens,
             )
 

@@ -55,8 +55,15 @@ def generators(cast: Cast, cfg: Config, path: str, prompts: Any, backend: str, e
 
 
 def shares_devices(cfg: Config) -> bool:
-    """Whether generators and policy take turns on GPUs."""
+    """Whether generators and learners take turns on GPUs."""
     return cfg.cluster.placement == "colocated" and cfg.roles.generator.gpus > 0
+
+
+def sharing(cfg: Config, policy: Group, critic: Group | None) -> list[Group]:
+    """The learners that take turns with generators: the policy, and a critic that has a share of a GPU."""
+    if not shares_devices(cfg):
+        return []
+    return [policy, critic] if critic and 0 < cfg.roles.critic.gpus < 1 else [policy]
 
 
 def reward_models(cast: Cast, cfg: Config, path: str) -> Group:

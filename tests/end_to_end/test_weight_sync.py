@@ -156,9 +156,9 @@ def test_the_gate_after_the_first_sync(ray_session, models):
         cast.ready()
         connect(cast, policy, generators)
         policy.call(PolicyLearner.push, 1)
-        same = RolloutWorkers(generators, [], reference, None, Turns(generators, policy, False), 0.7, 20)
+        same = RolloutWorkers(generators, [], reference, None, Turns(generators, []), 0.7, 20)
         assert check_first_sync(same, policy, 12, 1, 0, 1e-4) < 1e-5
-        hot = RolloutWorkers(generators, [], reference, None, Turns(generators, policy, False), 1.0, 20)
+        hot = RolloutWorkers(generators, [], reference, None, Turns(generators, []), 1.0, 20)
         with pytest.raises(UserError, match=r"disagree by .* nats per token .*\n  1\. weights that did not arrive"):
             check_first_sync(hot, policy, 12, 1, 0, 1e-3)
 
@@ -195,7 +195,7 @@ def test_shards_are_scored_as_they_arrive_and_the_driver_sees_numbers_only(ray_s
         generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
         reward, reference = roles.reward_models(cast, cfg, models[0]), roles.reference_models(cast, cfg, models[0])
         cast.ready()
-        turns = Turns(generators, generators, False)
+        turns = Turns(generators, [])
         result = RolloutWorkers(generators, [reward], reference, None, turns, 1.0, 20).run(SAMPLES, 0, 1)
         assert [len(i.lengths) for i in result.infos] == [5, 5, 1, 1]
         assert sorted(np.concatenate([i.positions for i in result.infos])) == list(range(12))

@@ -60,7 +60,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> RolloutWorkers:
     generators, rewards, references, judges = (
         Group(names[0], [Actor(name) for name in names], 9.0)
         for names in (["g0", "g1"], ["r0", "r1"], ["ref"], ["judge"]))
-    return RolloutWorkers(generators, [rewards], references, judges, Turns(generators, generators, False), 1.0, 8)
+    return RolloutWorkers(generators, [rewards], references, judges, Turns(generators, []), 1.0, 8)
 
 
 def test_how_long_the_queues_are(workers: RolloutWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
