@@ -36,7 +36,7 @@ from typing import NoReturn
 
 from rlhf_ray.cluster import stand_in
 
-TRUNK = ("rlhf_ray.models.hub", "rlhf_ray.models.modules")
+TRUNK = ("rlhf_ray.models.hub", "rlhf_ray.models.modules", "transformers.modeling_utils")
 BRANCHES = {"learners": ("rlhf_ray.engines.learner", "deepspeed"), "generators": ("rlhf_ray.engines.preload",)}
 OF = {"rlhf_ray.actors.generator": "generators",  # an actor class's module -> its branch
       **{f"rlhf_ray.actors.{name}": "learners" for name in ("learners", "policy", "scorers", "supervised")}}

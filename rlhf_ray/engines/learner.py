@@ -61,7 +61,7 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
     from deepspeed.runtime.zero import stage3
 
     # It looks whether our optimizer is its Muon, whose functions ask for torch's compiler: two seconds of imports.
-    compiler.is_compile_supported = lambda: False
+    compiler.compile = lambda: compiler.dummy_decorator
     stage3.reduce_scatter_coalesced = _scatter_gradients
     deepspeed.logger.setLevel("WARNING")
     if dist.is_initialized():  # this process lives on, others of its group did not: leave what is left of it

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -53,10 +54,25 @@ def reward_model(models: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-@pytest.fixture(scope="module")
+_ray = ExitStack()
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A private Ray with room for every role, for the tests of one file."""
+    """A private Ray with room for every role; all tests that ask for it have the same, one after the other."""
     cfg = small_config()
     cfg.cluster.num_cpus = 9
-    with session(cfg):
+    with _ray:
+        _ray.enter_context(session(cfg))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They come first, for the others start a Ray of their own and want it to be the only one."""
+    items.sort(key=lambda item: "ray_session" not in getattr(item, "fixturenames", ()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "ray_session" not in getattr(item, "fixturenames", ()):
+        _ray.close()
