@@ -13,8 +13,8 @@ ROLE_ENV = {
     # Nothing that runs in a role asks a hub or a usage server for anything.
     "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
     # glibc gives large pieces of memory back to the system at once; to be given the same activations anew, page by
-    # page, was 8% of the passes and steps of a small model on CPU. Up to 1 GiB stays. All threads share one arena: calls
-    # run on others than the first, whose own arenas are made of parts of 64 MiB, and what is larger is never kept.
+    # page, was 8% of the passes and steps of a small model on CPU. Up to 1 GiB stays. All threads share one arena:
+    # calls run on others than the first, whose own arenas are made of parts of 64 MiB, and what is larger is not kept.
     "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_ARENA_MAX": "1",
     # A thread that waits for the others of its pass does so asleep: roles share processors, and one that spins takes
     # the core that another role's thread waits for.
