@@ -183,7 +183,7 @@ def trainer(pace: Pace, directory: Path, *overrides: str) -> Iterator[Any]:
             for role, ranks in (("policy", r.policy.ranks), ("critic", r.critic.ranks)))
         reward = cast.start(SleepingScorer, "reward", [(pace,)] * r.reward.replicas, 1)
         reference = cast.start(SleepingScorer, "reference", [(pace,)] * r.reference.replicas, 1)
-        workers = RolloutWorkers(generators, [reward], reference, None, Turns(generators, policy, False), 1.0,
+        workers = RolloutWorkers(generators, [reward], reference, None, Turns(generators, []), 1.0,
                                  cfg.rollout.max_response_tokens)
         cast.ready()
         with Recorder(directory, "disabled", "", asdict(cfg)) as recorder:
