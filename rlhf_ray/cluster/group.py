@@ -12,6 +12,7 @@ import ray
 from rlhf_ray.cluster.health import Member
 
 IO = "io"  # the concurrency group of what may run beside an actor's work
+_TOGETHER_S = 0.005  # answers within so long of each other are taken together: every look is at all that are missing
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Overdue(TimeoutError):
 
 
 def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any]:
-    """Results of all references; the first failure is raised at once, without waiting for the others.
+    """Results of all references; the first failure is raised as it comes, without waiting for the others.
 
     Raises Overdue naming `what` after `timeout_s` seconds.
     """
@@ -98,7 +99,7 @@ def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any
         if not ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))[0]:
             raise Overdue(f"{what} did not answer within {timeout_s:.0f} s ({len(pending)} of {len(refs)} calls)",
                           debtors(pending))
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=0)  # all that are there, not one by one
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=_TOGETHER_S)
         found |= zip(done, ray.get(done), strict=True)
     return [found[ref] for ref in refs]
 

@@ -1,7 +1,8 @@
 """What the learners say of rollouts before they learn from them: old log-probabilities and values.
 
 Streaming: learners have nothing to do while responses are sampled, so a shard is theirs as soon as it is there. Their
-passes are collective, so they are asked in waves of one shard for each rank, and in the last of what is left.
+passes are collective, so they are asked in waves: of one shard for each rank as long as they keep up, else of what has
+come meanwhile, and in the last of what is left.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
+import ray
 
 from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import OldLogprobs, PolicyLearner
@@ -61,16 +63,21 @@ class Scoring:
 
 class _Waves:
     def __init__(self, group: Group, method: Callable[[Any, Sequence[Any]], list[Any]], eager: bool):
-        self._group, self._method = group, method
-        self._size = len(group) if eager else 0
+        self._group, self._method, self._eager = group, method, eager
         self._waiting: list[tuple[Any, int]] = []  # shards, their tokens
         self._places: dict[Any, tuple[Any, int]] = {}  # shard -> the call that answers, the place in its answer
         self._calls: list[Any] = []
 
     def add(self, shard: Any, tokens: int) -> None:
         self._waiting.append((shard, tokens))
-        if len(self._waiting) == self._size:
+        if self._eager and len(self._waiting) >= len(self._group) and not self._behind():
             self._ask()
+
+    def _behind(self) -> bool:
+        """Whether the wave before the last is not done: there is work for a while, and fewer calls are cheaper."""
+        ranks = len(self._group)
+        wave = self._calls[-2 * ranks : -ranks]
+        return bool(wave) and bool(ray.wait(wave, num_returns=ranks, timeout=0, fetch_local=False)[1])
 
     def finish(self) -> list[Any]:
         """References to all answers."""

@@ -47,6 +47,7 @@ def answer(call: tuple[str, ...]) -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(module, "wait", lambda refs, *_: [answer(ref) for ref in refs])
+    monkeypatch.setattr(module, "ray", SimpleNamespace(wait=lambda refs, **_: (refs, [])))  # they keep up
     return []
 
 
@@ -69,6 +70,26 @@ def test_learners_score_in_waves_while_shards_come(calls: list[str]) -> None:
         ("logprobs of 1 by p1", "values of 1 by c0"), ("logprobs of 2 by p0", "values of 2 by c0"),
         ("logprobs of 3 by p0", "values of 3 by c0")]
     assert numbers == {"entropy": 60 / 30, "mismatch": 6 / 30}
+
+
+def test_while_two_waves_are_under_way_shards_wait_for_more(
+    calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first wave is done when the fifth shard is there, so three make the third, and what is left the fourth."""
+    looked: list[Any] = []
+
+    def wait(refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        looked.append(refs)
+        return (refs, []) if len(looked) > 2 else ([], refs)
+
+    monkeypatch.setattr(module, "ray", SimpleNamespace(wait=wait))
+    scoring = Scoring(Group("p", [Rank("p0", calls)], 9.0), None, eager=True)
+    for shard in "12345":
+        scoring.add(shard, 10)
+    scoring.add("6", 10)
+    scoring.finish(rollouts(*"123456"), 9.0)
+    assert calls == ["p0 score 1", "p0 score 2", "p0 score 3 4 5", "p0 score 6"]
+    assert looked[:3] == [[("p0", "score", "1")]] * 3
 
 
 def test_without_time_for_it_they_score_all_at_once(calls: list[str]) -> None:
