@@ -41,7 +41,10 @@ class Group:
     @property
     def names(self) -> list[str]:
         """As ROLE-NUMBER; whoever takes a lost one's place has the same."""
-        return [f"{self.role}-{i}" for i in self.numbers or range(len(self))]
+        return [self.name(i) for i in range(len(self))]
+
+    def name(self, i: int) -> str:
+        return f"{self.role}-{self.numbers[i] if self.numbers else i}"
 
     @property
     def ids(self) -> set[str]:
@@ -54,7 +57,7 @@ class Group:
         The name of the task, `policy-0 update`, says who does what. It must not say in which iteration: Ray keeps a
         metric for every name there ever was.
         """
-        named = getattr(self.actors[i], method.__name__).options(name=f"{self.names[i]} {method.__name__}", **options)
+        named = getattr(self.actors[i], method.__name__).options(name=f"{self.name(i)} {method.__name__}", **options)
         return named.remote(*args)
 
     def start(self, method: Callable[..., Any], *args: Any, **options: Any) -> list[ray.ObjectRef]:
