@@ -1,6 +1,5 @@
 """What this machine has and lacks for this configuration, each with what to do. Touches no network."""
 
-import ctypes.util
 import os
 import platform
 import resource
@@ -144,13 +143,6 @@ def compilers() -> Iterator[Check]:
         path = shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
         yield Check(program, "ok" if path else "warn", path or "not found",
                     "" if path else f"DeepSpeed and torch may want to compile kernels: {why}")
-    library = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
-    preloaded = "tcmalloc" in os.environ.get("LD_PRELOAD", "")
-    if preloaded or not library:
-        yield Check("tcmalloc", "ok" if preloaded else "warn", "preloaded" if preloaded else "not found",
-                    "" if preloaded else "optional, makes vLLM on CPU faster: apt-get install libgoogle-perftools4")
-    else:
-        yield Check("tcmalloc", "ok", library)
 
 
 def wanted_gpus(roles: RolesConfig) -> float:
