@@ -4,7 +4,7 @@ import os
 
 import torch
 
-_BEHIND = 10  # niceness
+_LAST = 19  # niceness; Ray gives all its workers 15
 
 
 def use_processors(threads: int) -> None:
@@ -16,4 +16,4 @@ def use_processors(threads: int) -> None:
     heartbeats keep their rank.
     """
     torch.set_num_threads(threads)
-    os.nice(max(0, _BEHIND - os.nice(0)))  # an actor may be set up again
+    os.nice(_LAST - os.nice(0))  # an actor may be set up again

@@ -17,5 +17,5 @@ def test_a_scorer_gives_way_once_however_often_it_is_set_up_and_its_heartbeat_do
     thread = threading.Thread(target=actor)
     thread.start()
     thread.join()
-    assert seen == [(10, 1)]
-    assert os.getpriority(os.PRIO_PROCESS, 0) < 10
+    assert seen == [(19, 1)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
