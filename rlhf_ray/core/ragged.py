@@ -121,7 +121,17 @@ def plan_rows(lengths: np.ndarray, row_length: int) -> list[list[int]]:
         count += 1
 
 
-_SHORT = 256  # tokens: attention within so many costs little beside the rest of a model
+_PAR = 2_500  # tokens: attention within so many costs as much as the rest of a model of width 384; of a wider one less
+
+
+def family_limits(prompts: np.ndarray) -> np.ndarray:
+    """How many tokens responses may have that share a prompt of so many [N] to gain by it: int64 [N].
+
+    Of two families of s tokens each one of 2s - p computes p tokens less. But attention sees all of a row: it takes
+    2s instead of s for each token, in all 2s^2 / c more, in units of the rest of a token, which is c times what
+    attention to one takes. That is p where 2s - p is what is returned.
+    """
+    return (np.sqrt(2.0 * _PAR * prompts) - prompts).astype(np.int64)
 
 
 def first_true(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -130,16 +140,16 @@ def first_true(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:
                     dtype=np.int64)[: len(lengths)]
 
 
-def families(ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, limit: int) -> list[list[int]]:
-    """The sequences whose first `prompts` [N] tokens are equal, together, in their order; as many as have `limit`
+def families(ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray, limits: np.ndarray) -> list[list[int]]:
+    """The sequences whose first `prompts` [N] tokens are equal, together, in their order; as many as have `limits` [N]
     tokens when these are counted once. One that is its prompt alone, or has none, is by itself."""
     starts = offsets(lengths)
     found: list[list[int]] = []
     newest: dict[bytes, tuple[list[int], int]] = {}  # prompt -> its last family, and the tokens of that
     for i, (n, p) in enumerate(zip(lengths.tolist(), prompts.tolist(), strict=True)):
         prompt = ids[starts[i] : starts[i] + p].tobytes()
-        family, size = newest.get(prompt, ([], limit))
-        if not 0 < p < n or size + n - p > limit:
+        family, size = newest.get(prompt, ([], p))
+        if not family or not 0 < p < n or size + n - p > limits[i]:
             family, size = [], p
             found.append(family)
         family.append(i)
@@ -159,11 +169,12 @@ def pack(
     [1, R * L]: kernels for variable length tell sequences apart in a batch of one row only.
 
     prompts [N]: how many of each sequence's first tokens are its prompt, to be shared by those that have the same; a
-    row may then be longer, up to what is short for attention.
+    row may then be longer, as far as that gains.
     """
     if prompts is None:
         prompts = np.zeros(len(lengths), dtype=np.int64)
-    units = families(ids, lengths, prompts, max(row_length, min(_SHORT, tokens_per_batch)))
+    limits = np.maximum(row_length, np.minimum(family_limits(prompts), tokens_per_batch))
+    units = families(ids, lengths, prompts, limits)
     starts = offsets(lengths)
     laid = [_Unit.of(unit, starts, int(prompts[unit[0]])) for unit in units]
     sizes = np.array([len(unit.places) for unit in laid], dtype=np.int64)

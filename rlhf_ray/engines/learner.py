@@ -26,7 +26,7 @@ from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
 from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.engines.gloo import bind_towards
-from rlhf_ray.models.modules import CausalLM
+from rlhf_ray.models.modules import CausalLM, layer_classes
 from rlhf_ray.models.processors import use_processors
 from rlhf_ray.models.shards import WEIGHT, Shards
 
@@ -97,9 +97,12 @@ def _count_anew() -> None:
     Init.param_id = 0
 
 
-def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str) -> dict:
+def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, layers: list[str]) -> dict:
     zero: dict[str, Any] = {
         "stage": 3,
+        # A layer is gathered and let go as a whole. DeepSpeed's way is each module by itself, at the cost of its
+        # Python code before and after each.
+        "leaf_module": {"classes": layers},
         "stage3_param_persistence_threshold": cfg.param_persistence_threshold,
         "overlap_comm": torch.cuda.is_available(),
     }
@@ -160,7 +163,8 @@ class Learner:
             fused=True,  # one walk through memory instead of ten
         )
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=_deepspeed_config(cfg, optimizer, dtype), dist_init_required=False
+            model=module, optimizer=adamw, config=_deepspeed_config(cfg, optimizer, dtype, layer_classes(module)),
+            dist_init_required=False,
         )
         self.module: nn.Module = self.engine.module
         self.device = device

@@ -76,6 +76,13 @@ class ScalarModel(nn.Module):
         return scores - self.shift
 
 
+def layer_classes(module: nn.Module) -> list[str]:
+    """Names of the classes of a model's layers: of what gradient checkpointing computes again as a whole."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return sorted({type(part).__name__ for part in module.modules() if isinstance(part, GradientCheckpointingLayer)})
+
+
 def _hidden_states(model: Any, rows: PackedRows) -> Tensor:
     states: Tensor = model.base_model(input_ids=rows.ids, position_ids=rows.positions, attention_mask=rows.visible(),
                                       use_cache=False).last_hidden_state

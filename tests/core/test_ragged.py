@@ -7,6 +7,7 @@ import torch
 from rlhf_ray.core.ragged import (
     PackedRows,
     families,
+    family_limits,
     first_true,
     offsets,
     one_token_rows,
@@ -236,14 +237,14 @@ TREE_LENGTHS, TREE_PROMPTS = np.array([4, 3, 2, 3]), np.array([2, 2, 1, 2])
 
 def test_families_have_one_prompt_and_are_no_longer_than_the_limit() -> None:
     """2 + 2 + 1 + 1 tokens, the prompt once; with 5 the last one begins another family."""
-    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, 6) == [[0, 1, 3], [2]]
-    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, 5) == [[0, 1], [2], [3]]
-    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, 1) == [[0], [1], [2], [3]]
+    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, np.full(4, 6)) == [[0, 1, 3], [2]]
+    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, np.full(4, 5)) == [[0, 1], [2], [3]]
+    assert families(TREE, TREE_LENGTHS, TREE_PROMPTS, np.full(4, 1)) == [[0], [1], [2], [3]]
 
 
 def test_who_has_no_prompt_or_no_response_is_alone() -> None:
-    assert families(TREE, TREE_LENGTHS, np.zeros(4, dtype=np.int64), 99) == [[0], [1], [2], [3]]
-    assert families(np.array([1, 2, 1, 2], dtype=np.int32), np.array([2, 2]), np.array([2, 2]), 99) == [[0], [1]]
+    assert families(TREE, TREE_LENGTHS, np.zeros(4, dtype=np.int64), np.full(4, 99)) == [[0], [1], [2], [3]]
+    assert families(np.array([1, 2, 1, 2], dtype=np.int32), np.array([2, 2]), np.array([2, 2]), np.full(2, 99)) == [[0], [1]]
 
 
 def test_a_shared_prompt_by_hand() -> None:
@@ -281,11 +282,21 @@ def test_without_a_shared_prompt_positions_say_it_all() -> None:
 
 
 def test_a_family_may_be_longer_than_a_row() -> None:
-    """Up to 256 tokens, if a micro-batch has as many: 2 + 40 x 3 for forty responses; else as many as fit."""
+    """As far as that gains, if a micro-batch has as many: 2 + 32 x 3 = 98 tokens for 32 responses of 40, 26 for the
+    others; else as many as fit."""
     ids = np.array([7, 8, 1, 2, 3] * 40, dtype=np.int32)
     lengths, prompts = np.full(40, 5), np.full(40, 2)
-    assert [tuple(rows.ids.shape) for rows in pack(ids, lengths, 5, 500, prompts=prompts)] == [(1, 122)]
+    assert family_limits(prompts).tolist() == [98] * 40
+    assert [rows.filled.sum() for rows in pack(ids, lengths, 5, 100, prompts=prompts)] == [98, 26]
     assert [tuple(rows.ids.shape) for rows in pack(ids, lengths, 5, 32, prompts=prompts)] == [(1, 32)] * 4
+
+
+@pytest.mark.parametrize("prompt", [1, 32, 500])
+def test_a_family_ends_where_attention_costs_what_the_prompt_does(prompt: int) -> None:
+    """Two halves compute the prompt twice, the whole attends to 2s instead of s tokens; 2,500 cost a token."""
+    (limit,) = family_limits(np.array([prompt]))
+    half = (limit + prompt) / 2
+    assert 2 * half * half / 2_500 == pytest.approx(prompt, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(5))
