@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf_ray import storage
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
+from rlhf_ray.engines.gloo import share_devices
 from rlhf_ray.models.light import absent
 
 
@@ -107,6 +108,7 @@ class GenerationEngine:
         storage.fetch(Path(path))
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.threads)
+            share_devices()
         self.llm: Any = LLM(
             path, dtype=cast(Any, model.dtype), max_model_len=model.max_length, enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.tensor_parallel_size, max_num_seqs=cfg.max_num_seqs,

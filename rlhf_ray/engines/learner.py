@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
 from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
-from rlhf_ray.engines.gloo import bind_towards
+from rlhf_ray.engines.gloo import bind_towards, share_devices
 from rlhf_ray.models.modules import CausalLM, layer_classes
 from rlhf_ray.models.processors import use_processors
 from rlhf_ray.models.shards import WEIGHT, Shards
@@ -52,6 +52,7 @@ def join_group(where: Rank, threads: int, timeout_s: float) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"
         use_processors(threads)
         bind_towards(where.master_address)
+        share_devices()
     import deepspeed
 
     # DeepSpeed would compile its shared-memory collectives with g++ on the first run of every machine, a minute

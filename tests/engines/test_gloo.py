@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -35,3 +37,26 @@ def test_a_name_that_nobody_knows_is_an_error(monkeypatch):
     monkeypatch.setattr(gloo, "_CHOSEN", None)
     with pytest.raises(OSError):
         gloo.bind_towards("no-such-host.invalid")
+
+
+GROUPS = """
+import os, torch, torch.distributed as dist
+from rlhf_ray.engines.gloo import share_devices
+if {shared}:
+    share_devices()
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+groups = [dist.new_group([0]) for _ in range(4)]
+for group in groups:
+    one = torch.ones(1)
+    dist.all_reduce(one, group=group)
+    assert one.item() == 1.0
+tasks = ["/proc/self/task/" + task + "/comm" for task in os.listdir("/proc/self/task")]
+print(sum(open(task).read().startswith("gloo_tcp_loop") for task in tasks))
+"""
+
+
+def test_groups_of_a_process_share_the_thread_that_waits_for_the_network() -> None:
+    """Five groups: one thread, not five."""
+    loops = [int(subprocess.run([sys.executable, "-c", GROUPS.format(shared=shared)], check=True, capture_output=True,
+                                text=True).stdout) for shared in (False, True)]
+    assert loops == [5, 1]
