@@ -67,13 +67,15 @@ class SleepingGenerator(Role):
     def setup(self, pace: Pace, shard_size: int) -> None:
         self.pace, self.shard_size = pace, shard_size
 
-    def rollout(self, samples: Sequence[Any], version: int, *_: Any) -> Iterator[RolloutBatch | RolloutInfo]:
+    def rollout(
+        self, samples: Sequence[Any], version: int, temperature: float, max_tokens: int, least: int
+    ) -> Iterator[RolloutBatch | RolloutInfo]:
         rng = np.random.default_rng([s.seed for s in samples])
         ends = np.sort(np.minimum(rng.lognormal(-1.5, 0.8, len(samples)), 1.0)) * self.pace.generation_s
         ends[-1] = self.pace.generation_s  # every generator has one of the longest
         started = time.monotonic()
         first, tokens = 0, self.pace.tokens
-        for n in shard_sizes(len(samples), self.shard_size):
+        for n in shard_sizes(len(samples), self.shard_size, least):
             some = samples[first : first + n]
             first += n
             time.sleep(max(0.0, started + ends[first - 1] - time.monotonic()))

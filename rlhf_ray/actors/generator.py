@@ -38,9 +38,11 @@ class Generator(Role):
         self.engine = GenerationEngine(path, model, cfg, sync_backend, seed, shared)
 
     def rollout(
-        self, samples: Sequence[Sample], version: int, temperature: float, max_tokens: int
+        self, samples: Sequence[Sample], version: int, temperature: float, max_tokens: int, least: int
     ) -> Iterator[RolloutBatch | RolloutInfo]:
         """Sample; yields a shard and then what the driver may know of it, again and again, as responses finish.
+
+        least: responses that are worth a shard of their own (see `shard_sizes`).
 
         Raises RuntimeError if this engine does not hold the weights `version`: a stale engine is never asked.
         """
@@ -48,7 +50,7 @@ class Generator(Role):
             raise RuntimeError(f"asked for a rollout of weights {version}, this engine holds {self.engine.version}")
         self.engine.forget_prefixes()  # so that the same samples give the same bits, whatever came before
         responses = self._sample(samples, temperature, max_tokens)
-        for size in shard_sizes(len(samples), self.cfg.shard_size):
+        for size in shard_sizes(len(samples), self.cfg.shard_size, least):
             started = time.monotonic()
             finished = list(itertools.islice(responses, size))
             yield from self._shard(samples, finished, time.monotonic() - started)

@@ -3,16 +3,19 @@
 import numpy as np
 
 
-def shard_sizes(responses: int, largest: int) -> list[int]:
+def shard_sizes(responses: int, largest: int, least: int = 1) -> list[int]:
     """How many responses each shard of an engine has, in the order in which they finish.
 
-    As many as may be; the last shard is cut into a half and two quarters. The last responses take longest and keep
-    everybody waiting, so those before them had better be scored by then.
+    As many as may be; the last shard is cut into a half and two quarters, unless these had fewer than `least`. The last
+    responses take longest and keep everybody waiting, so those before them had better be scored by then.
     """
     full = max(0, responses - 1) // largest
-    last = responses - full * largest
-    half, rest = last - last // 2, last // 2
-    return [size for size in (*[largest] * full, half, rest - rest // 2, rest // 2) if size]
+    last = [responses - full * largest]
+    for _ in range(2):
+        small = last[-1] // 2
+        if small >= least:
+            last[-1:] = [last[-1] - small, small]
+    return [size for size in (*[largest] * full, *last) if size]
 
 
 def of_rank(steps: list[np.ndarray], sizes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

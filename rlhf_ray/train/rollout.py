@@ -26,6 +26,7 @@ from rlhf_ray.core.types import RolloutInfo, Sample, SampleText, ScoredShard
 from rlhf_ray.train.turns import Turns
 
 SAMPLES = 3  # of an iteration, for people to read
+_FINEST = 64  # of the batch, a part so small that it is not cut any more: the calls about each shard cost the driver
 
 
 @dataclass
@@ -205,11 +206,13 @@ class RolloutWorkers:
         """(share, shard reference, its numbers), from whichever generator has one ready; an error in place of the
         numbers says that the generator died and that nothing more comes of this share."""
         turns = itertools.cycle(range(len(self.generators)))
+        least = max(1, sum(map(len, shares.values())) // _FINEST)
         streams: dict[Any, tuple[int, Any]] = {}
         halves: dict[Any, Any] = {}  # by stream: a shard whose numbers are still to come
         for (share, samples), i in zip(shares.items(), turns, strict=False):
-            stream = self.generators.submit(i, Generator.rollout, (samples, version, self.temperature, self.max_tokens),
-                                            num_returns="streaming")
+            stream = self.generators.submit(
+                i, Generator.rollout, (samples, version, self.temperature, self.max_tokens, least),
+                num_returns="streaming")
             streams[stream] = share, self.generators.actors[i]
         timeout_s = self.generators.timeout_s
         deadline = time.monotonic() + timeout_s

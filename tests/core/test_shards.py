@@ -13,6 +13,11 @@ def test_the_last_shard_of_an_engine_is_cut_into_smaller_ones(responses, largest
     assert shard_sizes(responses, largest) == sizes
 
 
+@pytest.mark.parametrize(("least", "sizes"), [(1, [8, 4, 2, 2]), (2, [8, 4, 2, 2]), (3, [8, 4, 4]), (5, [8, 8])])
+def test_no_piece_is_smaller_than_it_is_worth(least, sizes):
+    assert shard_sizes(16, 8, least) == sizes
+
+
 def test_a_rank_reads_only_the_shards_of_its_rollouts():
     """Shards of 3, 2, 4 and 1 rollouts. Of 0 to 9 the rank has 8 and 1, then 2 and 9: none of the second shard."""
     shards, steps = of_rank([np.array([8, 1]), np.array([], dtype=np.int64), np.array([2, 9])], np.array([3, 2, 4, 1]))
