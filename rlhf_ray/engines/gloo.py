@@ -4,13 +4,13 @@ Left alone, gloo takes the one that the host's own name resolves to. On many sys
 reaches that.
 """
 
+import functools
 import os
 import socket
 from datetime import timedelta
 from typing import Any
 
 import psutil
-import torch.distributed.distributed_c10d as c10d
 
 _KEY = "GLOO_SOCKET_IFNAME"
 _CHOSEN = os.environ.get(_KEY)  # by the user
@@ -34,25 +34,25 @@ def bind_towards(address: str) -> None:
     os.environ.pop(_KEY, None)
 
 
-class _Group(c10d.ProcessGroupGloo):
-    """A gloo group on the devices that this process has already, in the place of PyTorch's."""
-
-    devices: dict[str, list[Any]] = {}  # of each value of GLOO_SOCKET_IFNAME
-
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta = c10d.default_pg_timeout) -> None:
-        names = os.environ.get(_KEY, "")
-        if names not in self.devices:
-            self.devices[names] = [self.create_device(interface=name) if name else self.create_default_device()
-                                   for name in names.split(",")]
-        options = self._Options()
-        options._timeout, options._devices = timeout, self.devices[names]
-        super().__init__(store, rank, size, options)
-
-
+@functools.cache  # once in a process
 def share_devices() -> None:
     """Groups that this process makes from here on share one gloo device.
 
-    Each device has a thread that wakes up a hundred times in a second, whether there is anything to do or not. vLLM makes
-    twelve groups for an engine of one worker, and whoever wakes up takes a core from a pass.
+    Each device has a thread that wakes up a hundred times in a second, whether there is anything to do or not. vLLM
+    makes twelve groups for an engine of one worker, and whoever wakes up takes a core from a pass.
     """
-    c10d.ProcessGroupGloo = _Group  # type: ignore[misc]
+    from torch.distributed import distributed_c10d as c10d
+
+    devices: dict[str, list[Any]] = {}  # of each value of GLOO_SOCKET_IFNAME
+
+    class Group(c10d.ProcessGroupGloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta = c10d.default_pg_timeout) -> None:
+            names = os.environ.get(_KEY, "")
+            if names not in devices:
+                devices[names] = [self.create_device(interface=name) if name else self.create_default_device()
+                                  for name in names.split(",")]
+            options = self._Options()  # type: ignore[attr-defined]
+            options._timeout, options._devices = timeout, devices[names]
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = Group  # type: ignore[misc]

@@ -244,7 +244,8 @@ def test_families_have_one_prompt_and_are_no_longer_than_the_limit() -> None:
 
 def test_who_has_no_prompt_or_no_response_is_alone() -> None:
     assert families(TREE, TREE_LENGTHS, np.zeros(4, dtype=np.int64), np.full(4, 99)) == [[0], [1], [2], [3]]
-    assert families(np.array([1, 2, 1, 2], dtype=np.int32), np.array([2, 2]), np.array([2, 2]), np.full(2, 99)) == [[0], [1]]
+    twice, two = np.array([1, 2, 1, 2], dtype=np.int32), np.array([2, 2])
+    assert families(twice, two, two, np.full(2, 99)) == [[0], [1]]
 
 
 def test_a_shared_prompt_by_hand() -> None:
