@@ -38,7 +38,7 @@ class Generator(Role):
         self.engine = GenerationEngine(path, model, cfg, sync_backend, seed, shared)
 
     def rollout(
-        self, samples: Sequence[Sample], version: int, temperature: float, max_tokens: int, least: int
+        self, samples: Sequence[Sample], version: int, temperature: float, max_tokens: int, least: int = 1
     ) -> Iterator[RolloutBatch | RolloutInfo]:
         """Sample; yields a shard and then what the driver may know of it, again and again, as responses finish.
 

@@ -58,13 +58,15 @@ def blocks() -> TokenDataset:
     return TokenDataset(ids.reshape(-1), np.full(6, 16, dtype=np.int32), in_loss.reshape(-1))
 
 
-def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, turns=False, **algorithm):
+def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, turns=False, again=False,
+                   **algorithm):
     """Weights and report after optimizer steps of eight rollouts, and with ptx two or four text blocks, each.
 
-    turns: between the steps the learners leave the device, as where they share it.
+    turns: between the steps the learners leave the device, as where they share it. again: layers are computed again in
+    the backward pass.
     """
     cfg = small_config(path)
-    cfg.model.max_length = 24
+    cfg.model.max_length, cfg.model.gradient_checkpointing = 24, again
     cfg.roles.policy.ranks, cfg.roles.policy.micro_batch_tokens = ranks, micro_batch_tokens
     cfg.roles.policy.param_persistence_threshold = 500
     cfg.ppo.policy_optimizer.lr, cfg.algorithm.ptx_coef = 1e-3, 0.5
@@ -116,6 +118,14 @@ def test_ranks_and_micro_batches_do_not_change_the_update(ray_session, models, t
         # Adam's first steps turn rounding of a tiny gradient into a move of its own: compare with the step size.
         worst = max(float(np.quantile(np.abs(weights[k] - whole[k]), 0.99)) for k in weights)
         assert worst < 2e-5, (ranks, cut, worst)
+
+
+def test_layers_computed_again_are_gathered_again(ray_session, models, tmp_path):
+    """Gradient checkpointing on two ranks, which hold half of every layer: the same update."""
+    kept, again = (updated_policy(models[0], tmp_path / f"{again}", 2, CUTS["8"], again=again, **ALGORITHMS["grpo"])
+                   for again in (False, True))
+    assert again[1] == pytest.approx(kept[1], rel=1e-4, abs=1e-6)
+    assert max(float(np.quantile(np.abs(again[0][k] - kept[0][k]), 0.99)) for k in kept[0]) < 2e-5
 
 
 def test_leaving_the_device_and_coming_back_changes_no_bit(ray_session, models, tmp_path):
