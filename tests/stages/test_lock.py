@@ -162,6 +162,7 @@ def test_one_who_was_taken_for_dead_writes_no_more(url: str, tmp_path: Path) -> 
     """A machine that slept."""
     holder = on_machine_a(url, tmp_path)
     os.kill(holder.pid, signal.SIGSTOP)
+    os.waitpid(holder.pid, os.WUNTRACED)  # a beat may be under way
     with locked(local_root(url)):
         os.kill(holder.pid, signal.SIGCONT)
         time.sleep(1)
