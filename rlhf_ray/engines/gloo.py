@@ -1,4 +1,4 @@
-"""Which of its addresses a host offers to the others of a gloo group.
+"""Which of its addresses a host offers to the others of a gloo group, and one device for all groups of a process.
 
 Left alone, gloo takes the one that the host's own name resolves to. On many systems (Debian's 127.0.1.1) no other host
 reaches that.
@@ -39,7 +39,7 @@ def share_devices() -> None:
     """Groups that this process makes from here on share one gloo device.
 
     Each device has a thread that wakes up a hundred times in a second, whether there is anything to do or not. vLLM
-    makes twelve groups for an engine of one worker, and whoever wakes up takes a core from a pass.
+    makes a dozen groups for an engine of one worker, and whoever wakes up takes a core from a pass.
     """
     from torch.distributed import distributed_c10d as c10d
 

@@ -101,12 +101,13 @@ def _count_anew() -> None:
 def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, layers: list[str]) -> dict:
     zero: dict[str, Any] = {
         "stage": 3,
-        # A layer is gathered and let go as a whole. DeepSpeed's way is each module by itself, at the cost of its
-        # Python code before and after each.
-        "leaf_module": {"classes": layers},
         "stage3_param_persistence_threshold": cfg.param_persistence_threshold,
         "overlap_comm": torch.cuda.is_available(),
     }
+    if layers:
+        # A layer is gathered and let go as a whole. DeepSpeed's way is each module by itself, at the cost of its
+        # Python code before and after each.
+        zero["leaf_module"] = {"classes": layers}
     if cfg.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
