@@ -12,7 +12,7 @@ import ray
 from rlhf_ray.cluster.health import Member
 
 IO = "io"  # the concurrency group of what may run beside an actor's work
-_TOGETHER_S = 0.005  # answers within so long of each other are taken together: every look is at all that are missing
+TOGETHER_S = 0.005  # answers within so long of each other are taken together: every look is at all that are missing
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,11 @@ def wait(refs: Sequence[ray.ObjectRef], timeout_s: float, what: str) -> list[Any
     found: dict[ray.ObjectRef, Any] = {}
     pending, deadline = list(refs), time.monotonic() + timeout_s
     while pending:
-        if not ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))[0]:
+        left = max(0.0, deadline - time.monotonic())
+        done, pending = ray.wait(pending, num_returns=len(pending), timeout=min(left, TOGETHER_S))
+        if not done and not ray.wait(pending, timeout=left)[0]:
             raise Overdue(f"{what} did not answer within {timeout_s:.0f} s ({len(pending)} of {len(refs)} calls)",
                           debtors(pending))
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=_TOGETHER_S)
         found |= zip(done, ray.get(done), strict=True)
     return [found[ref] for ref in refs]
 

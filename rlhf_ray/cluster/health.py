@@ -1,12 +1,14 @@
 """A sign of life from every actor: who is gone, who hangs, how much memory each takes.
 
-A thread of the driver asks all actors every few seconds, on a thread of theirs that nothing else uses. An actor that
-dies is noted with what Ray says of it. One that stays silent beyond the deadline is killed: so a hang becomes a death,
-and whoever waits for that actor hears of it from Ray at once.
+A thread of the driver asks actors every few seconds, on a thread of theirs that nothing else uses: all of them, or of
+many those who have not been asked for longest. An actor that dies is noted with what Ray says of it. One that stays
+silent beyond the deadline is killed: so a hang becomes a death, and whoever waits for that actor hears of it from Ray
+at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -32,6 +34,7 @@ HEALTH = "health"  # the concurrency group of `Role.pulse`
 # What a call raises when the actor, its node or an argument is gone, rather than for a reason of its own.
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 _HISTORY = 5000  # pulses kept for the post-mortem, per actor
+_IN_A_ROUND = 32  # actors that are asked at once: what the signs of life cost the driver must not grow with the cluster
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Member:
     pulses: deque[tuple[float, Pulse]] = field(default_factory=lambda: deque(maxlen=_HISTORY))  # (unix time, pulse)
     asked: Any = None  # the answer that has not come yet; the first question is who it is
     asked_at: float = 0.0  # since when it owes an answer; 0: it owes none
+    turn: int = 0  # how many questions had been asked, of whomever, when it was asked last
     # How: `died` (its process or node ended); `hung` (silent), `overdue` (a late answer) or `failed` (it came in the
     # place of another and its setup raised), all three killed.
     gone: str = ""
@@ -72,6 +76,7 @@ class Health:
     def __init__(self, interval_s: float, deadline_s: float):
         self._interval_s, self._deadline_s = interval_s, deadline_s
         self.members: dict[str, Member] = {}
+        self._turns = itertools.count(1)
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="health", daemon=True)
@@ -138,7 +143,8 @@ class Health:
             if slept:
                 for member in self.members.values():
                     member.asked_at = time.monotonic()
-            for member in self.members.values():
+            free = [m for m in self.members.values() if m.asked is None and not m.gone]
+            for member in sorted(free, key=lambda m: m.turn)[:_IN_A_ROUND]:
                 self._ask(member)
             self._listen(0.05)
             late = [m for m in self.members.values()
@@ -152,6 +158,7 @@ class Health:
             question = member.actor.pulse if member.pid else member.actor.describe
             member.asked = question.options(concurrency_group=HEALTH).remote()
             member.asked_at = member.asked_at or time.monotonic()
+            member.turn = next(self._turns)
 
     def _listen(self, timeout_s: float) -> None:
         asked = {m.asked: m for m in self.members.values() if m.asked is not None}

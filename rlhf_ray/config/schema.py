@@ -70,7 +70,7 @@ class ClusterConfig:
     queue_timeout_s: float | None = opt(None, "how long to wait for resources that other runs use, seconds (null: "
                                         "start_timeout_s)", gt=0)
     call_timeout_s: float = opt(1800.0, "deadline of any single remote call, seconds", gt=0)
-    heartbeat_s: float = opt(2.0, "every actor is asked for a sign of life so often, seconds", gt=0)
+    heartbeat_s: float = opt(2.0, "so often actors are asked for a sign of life, of many 32 in turn, seconds", gt=0)
     heartbeat_timeout_s: float = opt(60.0, "an actor silent for so long hangs: it is killed, seconds", gt=0)
     attempts: int = opt(3, "how often in a row an iteration, or what else was under way, may be tried again after "
                         "actors were lost", ge=0)

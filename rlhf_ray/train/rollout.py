@@ -20,7 +20,7 @@ import ray
 from rlhf_ray.actors.generator import Generator
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.actors.scorers import Judge, ReferenceModel, RewardModel
-from rlhf_ray.cluster.group import IO, Group, Overdue, debtors, wait
+from rlhf_ray.cluster.group import IO, TOGETHER_S, Group, Overdue, debtors, wait
 from rlhf_ray.cluster.health import LOST
 from rlhf_ray.core.types import RolloutInfo, Sample, SampleText, ScoredShard
 from rlhf_ray.train.turns import Turns
@@ -208,7 +208,6 @@ class RolloutWorkers:
         turns = itertools.cycle(range(len(self.generators)))
         least = max(1, sum(map(len, shares.values())) // _FINEST)
         streams: dict[Any, tuple[int, Any]] = {}
-        halves: dict[Any, Any] = {}  # by stream: a shard whose numbers are still to come
         for (share, samples), i in zip(shares.items(), turns, strict=False):
             stream = self.generators.submit(
                 i, Generator.rollout, (samples, version, self.temperature, self.max_tokens, least),
@@ -228,23 +227,22 @@ class RolloutWorkers:
                     late = {actor._actor_id.hex() for _, actor in streams.values()}
                     raise Overdue(f"rollout: {len(late)} of {len(self.generators)} generators delivered nothing within "
                                   f"{timeout_s:.0f} s", late)
-                ready, _ = ray.wait(list(streams), num_returns=len(streams), timeout=0, fetch_local=False)  # all
+                ready, _ = ray.wait(list(streams), num_returns=len(streams), timeout=TOGETHER_S, fetch_local=False)
                 for stream in list[Any](ready):
                     share, _ = streams[stream]
-                    ref, shard = next(stream, None), halves.pop(stream, None)
-                    if ref is None and shard is None:  # that was all
+                    shard = next(stream, None)
+                    if shard is None:  # that was all
                         del streams[stream]
-                    elif shard is None:
-                        halves[stream] = ref
-                    else:
-                        try:  # without a second one, the generator failed: the one that is there holds its error
-                            info: RolloutInfo = wait([shard if ref is None else ref], timeout_s, "rollout: numbers")[0]
-                        except LOST as error:
-                            del streams[stream]
-                            yield share, None, error
-                            continue
-                        yield share, shard, info
-                        deadline = time.monotonic() + timeout_s
+                        continue
+                    numbers = next(stream, shard)  # follow at once; without them, the shard is the generator's error
+                    try:
+                        info: RolloutInfo = wait([numbers], timeout_s, "rollout: numbers")[0]
+                    except LOST as error:
+                        del streams[stream]
+                        yield share, None, error
+                        continue
+                    yield share, shard, info
+                    deadline = time.monotonic() + timeout_s
         finally:
             for stream in streams:  # who still samples need not
                 ray.cancel(stream)

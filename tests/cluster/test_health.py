@@ -184,6 +184,22 @@ def test_what_goes_wrong_in_one_round_does_not_end_the_watch(
     assert ray.killed == [member.actor]
 
 
+def test_of_many_those_who_have_not_been_asked_for_longest_are_asked(
+    ray: Ray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two in a round; the second of five never answers, and does not take a place of the others."""
+    monkeypatch.setattr(module, "_IN_A_ROUND", 2)
+    actors = [Actor(*([] if i == 1 else [WHO, *[ALIVE] * 9])) for i in range(5)]
+    health, _ = watching(*actors)
+    rounds = [(0, 1), (2, 3), (4, 0), (2, 3), (4, 0)]
+    for asked in rounds:
+        before = [len(a.asked) for a in actors]
+        one_round(health)
+        assert [i for i, a in enumerate(actors) if len(a.asked) > before[i]] == sorted(asked)
+    health.look()
+    assert [len(a.asked) for a in actors] == [4, 1, 3, 3, 3]  # whoever wants to know who is gone asks everybody
+
+
 def test_who_is_forgotten_is_not_missed(ray: Ray) -> None:
     health, _ = watching(Actor(ActorDiedError()))
     health.forget("r0-0")
