@@ -1,7 +1,8 @@
 """The roles that read rollouts and give numbers: reward model, reference model, judge."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,12 +21,17 @@ from rlhf_ray.models.processors import use_processors
 class _Scorer(Role):
     packer: Packer
 
-    def _use(self, model: ModelConfig, cfg: ScorerConfig) -> None:
+    def _use(self, cfg: ScorerConfig) -> None:
+        """On CPU every thread has micro-batches of its own, all of them together `micro_batch_tokens`: inside of one,
+        threads would wait for each other a hundred times in every layer."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        threads = cfg.threads if self.device.type == "cpu" else 1
         if self.device.type == "cpu":
-            use_processors(cfg.threads)
+            use_processors(1)
+        self._threads = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) \
+            if threads > 1 else None
         self._seconds = 0.0
-        self.micro_batch_tokens = cfg.micro_batch_tokens
+        self.micro_batch_tokens = max(1, cfg.micro_batch_tokens // threads)
 
     def stats(self) -> dict[str, float]:
         """Since the last call of stats: retries (there are none) and seconds of work on rollouts."""
@@ -38,15 +44,25 @@ class _Scorer(Role):
         yield
         self._seconds += time.monotonic() - started
 
-    def _pack(self, ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None) -> Iterator[PackedRows]:
-        return (rows.to(self.device) for rows in self.packer(ids, lengths, self.micro_batch_tokens, prompts))
+    def _pass(
+        self, each: Callable[[PackedRows], None], ids: np.ndarray, lengths: np.ndarray, prompts: np.ndarray | None
+    ) -> None:
+        """`each` on every micro-batch, without gradients, and in no order."""
+
+        @torch.no_grad()
+        def on_device(rows: PackedRows) -> None:
+            each(rows.to(self.device))
+
+        for _ in (self._threads.map if self._threads else map)(
+                on_device, self.packer(ids, lengths, self.micro_batch_tokens, prompts)):
+            pass
 
 
 class RewardModel(_Scorer, Reader):
     """Scores whole responses; the shift stored with the model is already taken off."""
 
     def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
-        self._use(model, cfg)
+        self._use(cfg)
         found = load_scalar_model(path, model)
         self.packer = Packer.of(found, model)
         self.module = ScalarModel(found, score_shift(path)).to(self.device).eval()
@@ -61,7 +77,6 @@ class RewardModel(_Scorer, Reader):
         with self._timed():
             return self.scores_of(rollout.ids, rollout.lengths, rollout.truncated, rollout.prompt_lengths)
 
-    @torch.no_grad()
     def scores_of(
         self, ids: np.ndarray, lengths: np.ndarray, truncated: np.ndarray, prompts: np.ndarray | None = None
     ) -> np.ndarray:
@@ -70,8 +85,11 @@ class RewardModel(_Scorer, Reader):
         ids = np.insert(ids, np.cumsum(lengths)[truncated], self.tokenizer.eos_token_id)
         lengths = lengths + truncated
         outputs = np.empty(len(ids), dtype=np.float32)
-        for rows in self._pack(ids, lengths, prompts):
+
+        def score(rows: PackedRows) -> None:
             outputs[rows.index[rows.filled].cpu().numpy()] = self.module(rows)[rows.filled].cpu().numpy()
+
+        self._pass(score, ids, lengths, prompts)
         return outputs[np.cumsum(lengths) - 1]
 
 
@@ -79,7 +97,7 @@ class ReferenceModel(_Scorer):
     """Log-probabilities under a frozen policy."""
 
     def setup(self, path: str, model: ModelConfig, cfg: ScorerConfig) -> None:
-        self._use(model, cfg)
+        self._use(cfg)
         self.model = model
         self.module: CausalLM | None = None
         self.load(path)
@@ -97,18 +115,21 @@ class ReferenceModel(_Scorer):
             return self.logprobs_of(rollout.ids, rollout.lengths, rollout.in_response, temperature,
                                     rollout.prompt_lengths)
 
-    @torch.no_grad()
     def logprobs_of(
         self, ids: np.ndarray, lengths: np.ndarray, wanted: np.ndarray, temperature: float,
         prompts: np.ndarray | None = None,
     ) -> np.ndarray:
         """float32 [T]: log p of the wanted tokens, 0 elsewhere. prompts [N]: so many first tokens of each sequence are
         its prompt, and none of them is wanted; without, all may be."""
-        assert self.module is not None
+        module = self.module
+        assert module is not None
         outputs = np.zeros(len(ids), dtype=np.float32)
-        for rows in self._pack(ids, lengths, prompts):
+
+        def logprobs(rows: PackedRows) -> None:
             chosen = rows.pick(wanted, False)
-            outputs[rows.index[chosen].cpu().numpy()] = self.module(rows, chosen, temperature)[0].cpu().numpy()
+            outputs[rows.index[chosen].cpu().numpy()] = module(rows, chosen, temperature)[0].cpu().numpy()
+
+        self._pass(logprobs, ids, lengths, prompts)
         return outputs
 
 

@@ -5,7 +5,7 @@ import ray
 
 from end_to_end.small import small_config
 from rlhf_ray.actors.learners import CriticLearner
-from rlhf_ray.actors.scorers import RewardModel
+from rlhf_ray.actors.scorers import ReferenceModel, RewardModel
 from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.core.types import RolloutBatch
 from rlhf_ray.train import roles
@@ -48,3 +48,23 @@ def test_the_critic_starts_as_the_reward_model(ray_session, models, reward_model
         values = ray.get(refs[0])
     np.testing.assert_allclose(values, [0, 0, *scores], atol=1e-5)
     assert np.std(scores) > 1e-2
+
+
+def test_passes_side_by_side_find_what_one_after_another_do(ray_session, models, reward_model):
+    """Thirteen responses in micro-batches of at most two or three, on one thread and on three."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(5, 60, n).tolist() for n in range(4, 17)]
+    some, found = rollout(sequences, 2, [False] * 13), []
+    for threads, tokens in ((1, 32), (3, 96)):
+        cfg = small_config(models[0])
+        for role in (cfg.roles.reward, cfg.roles.reference):
+            role.threads, role.micro_batch_tokens = threads, tokens
+        with Cast(roles.layout_of(cfg, ["reward", "reference"]), cfg.cluster) as cast:
+            reward = roles.reward_sources(cast, cfg, reward_model, models[0], None)[0]
+            reference = roles.reference_models(cast, cfg, models[0])
+            cast.ready()
+            found.append((reward.ask(RewardModel.scores, some), reference.ask(ReferenceModel.logprobs, some, 0.7)))
+    (scores, logprobs), (scores_of_three, logprobs_of_three) = found
+    np.testing.assert_allclose(scores_of_three, scores, atol=1e-5)
+    np.testing.assert_allclose(logprobs_of_three, logprobs, atol=1e-5)
+    assert (np.abs(logprobs) > 1e-3).sum() == some.in_response.sum() > 100
