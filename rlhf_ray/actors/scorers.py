@@ -22,8 +22,8 @@ class _Scorer(Role):
     packer: Packer
 
     def _use(self, cfg: ScorerConfig) -> None:
-        """On CPU every thread has micro-batches of its own, all of them together `micro_batch_tokens`: inside of one,
-        threads would wait for each other a hundred times in every layer."""
+        """On CPU every thread has micro-batches of its own, all of them together `micro_batch_tokens`: within one pass
+        threads would wait for each other in every product."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         threads = cfg.threads if self.device.type == "cpu" else 1
         if self.device.type == "cpu":
