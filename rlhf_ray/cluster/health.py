@@ -71,7 +71,7 @@ class Member:
 
 
 class Health:
-    """Watches actors from `start` to `stop`. interval_s: between two questions; deadline_s: of an answer."""
+    """Watches actors from `start` to `stop`. interval_s: between two rounds; deadline_s: of an answer."""
 
     def __init__(self, interval_s: float, deadline_s: float):
         self._interval_s, self._deadline_s = interval_s, deadline_s
@@ -122,7 +122,7 @@ class Health:
     def look(self) -> list[Member]:
         """Ask everybody now; returns those who are gone."""
         with self._lock:
-            for member in self.members.values():
+            for member in self._askable():
                 self._ask(member)
             self._listen(0.3)
             return [m for m in self.members.values() if m.gone]
@@ -143,8 +143,7 @@ class Health:
             if slept:
                 for member in self.members.values():
                     member.asked_at = time.monotonic()
-            free = [m for m in self.members.values() if m.asked is None and not m.gone]
-            for member in sorted(free, key=lambda m: m.turn)[:_IN_A_ROUND]:
+            for member in self._askable()[:_IN_A_ROUND]:
                 self._ask(member)
             self._listen(0.05)
             late = [m for m in self.members.values()
@@ -153,12 +152,15 @@ class Health:
         for member in late:
             self.kill(member.name, "hung", f"no sign of life for {self._deadline_s:.0f} s")
 
+    def _askable(self) -> list[Member]:
+        """All who live and owe no answer; first who has not been asked for longest."""
+        return sorted((m for m in self.members.values() if m.asked is None and not m.gone), key=lambda m: m.turn)
+
     def _ask(self, member: Member) -> None:
-        if not member.gone and member.asked is None:
-            question = member.actor.pulse if member.pid else member.actor.describe
-            member.asked = question.options(concurrency_group=HEALTH).remote()
-            member.asked_at = member.asked_at or time.monotonic()
-            member.turn = next(self._turns)
+        question = member.actor.pulse if member.pid else member.actor.describe
+        member.asked = question.options(concurrency_group=HEALTH).remote()
+        member.asked_at = member.asked_at or time.monotonic()
+        member.turn = next(self._turns)
 
     def _listen(self, timeout_s: float) -> None:
         asked = {m.asked: m for m in self.members.values() if m.asked is not None}

@@ -51,7 +51,7 @@ def test_the_critic_starts_as_the_reward_model(ray_session, models, reward_model
 
 
 def test_passes_side_by_side_find_what_one_after_another_do(ray_session, models, reward_model):
-    """Thirteen responses in micro-batches of at most two or three, on one thread and on three."""
+    """Thirteen responses in micro-batches of at most 32 tokens, on one thread and on three."""
     rng = np.random.default_rng(0)
     sequences = [rng.integers(5, 60, n).tolist() for n in range(4, 17)]
     some, found = rollout(sequences, 2, [False] * 13), []
