@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/iteration.py [--workloads W1 W2 M125] [--repeats 2] [KEY=VALUE ...]
 
 The floor has no Ray, no sync and no orchestration: vLLM samples, then plain torch modules make the four forward passes
-(policy, reference, reward, critic) and the two training steps, one after the other, with all cores each. Runs and
-floors alternate, and only numbers of one call of this script may be set side by side. KEY=VALUE changes our run.
+(policy, reference, reward, critic) and the two training steps, one after the other, with all cores or a GPU each. Runs
+and floors alternate, and only numbers of one call of this script may be set side by side. KEY=VALUE changes both.
 Prints a table and writes benchmarks/results/iteration.json with conditions.
 """
 
@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from conditions import conditions
-from workloads import PROMPT, RESPONSE, RESPONSES, config, make
+from workloads import SHAPES, Shape, config, make
 
 from rlhf_ray.cluster.role import ROLE_ENV
 from rlhf_ray.config.schema import Config
@@ -51,7 +51,7 @@ def main() -> None:
         workload = args.workload or args.models / name
         cfg = config(name, workload, args.models / "runs" / f"{workload.name}-{args.algorithm}", args.algorithm,
                      args.iterations, tuple(overrides))
-        print(json.dumps(measure(cfg)))
+        print(json.dumps(measure(cfg, SHAPES[name])))
         return
     if args.short:
         args.workloads, args.iterations, args.repeats = ["W1"], 3, 1
@@ -95,7 +95,7 @@ def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
                     "max": max(r[phase] for r in rows)} for phase in rows[0]}
 
 
-def run(cfg: Config) -> dict[str, Any]:
+def run(cfg: Config, shape: Shape) -> dict[str, Any]:
     """Seconds of each phase of each iteration of the ppo stage, and when its first rollout began."""
     from rlhf_ray.cluster.runtime import session
     from rlhf_ray.metrics.recorder import read_history
@@ -117,7 +117,7 @@ def run(cfg: Config) -> dict[str, Any]:
             "first_rollout_at": next(at for phase, at in entered if phase == "rollout")}
 
 
-def floor(cfg: Config) -> dict[str, Any]:
+def floor(cfg: Config, shape: Shape) -> dict[str, Any]:
     """Seconds of the same work in this process."""
     import numpy as np
     import torch
@@ -136,12 +136,13 @@ def floor(cfg: Config) -> dict[str, Any]:
     prompts = [[tokenizer.bos_token_id, *tokenizer(json.loads(line)["prompt"])["input_ids"]] for line in lines]
     engine = GenerationEngine(path, cfg.model, cfg.roles.generator, "gloo", 0)
     torch.set_num_threads(threads)
-    policy, reference = (CausalLM(load_causal_lm(path, cfg.model)) for _ in range(2))
-    scorer, critic = (ScalarModel(load_scalar_model(reward, cfg.model)) for _ in range(2))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy, reference = (CausalLM(load_causal_lm(path, cfg.model)).to(device) for _ in range(2))
+    scorer, critic = (ScalarModel(load_scalar_model(reward, cfg.model)).to(device) for _ in range(2))
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-6, fused=True) for m in (policy, critic)}
 
     def logprobs(model: CausalLM, rows: PackedRows) -> torch.Tensor:
-        return model(rows, rows.positions >= PROMPT, 1.0)[0]
+        return model(rows, rows.positions >= shape.prompt, 1.0)[0]
 
     def values(model: ScalarModel, rows: PackedRows) -> torch.Tensor:
         return rows.before(model(rows))
@@ -149,28 +150,32 @@ def floor(cfg: Config) -> dict[str, Any]:
     def forward(of: Callable[..., torch.Tensor], model: Any, batches: list[PackedRows]) -> None:
         with torch.no_grad():
             for rows in batches:
-                of(model, rows)
+                of(model, rows.to(device))
 
     def step(of: Callable[..., torch.Tensor], model: Any, batches: list[PackedRows]) -> None:
         for rows in batches:
-            (of(model, rows).mean() / len(batches)).backward()
+            (of(model, rows.to(device)).mean() / len(batches)).backward()
         optimizers[model].step()
         optimizers[model].zero_grad(set_to_none=True)
 
-    measured = []
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    measured, n = [], shape.responses
     for i in range(cfg.ppo.iterations):
-        clock = [time.perf_counter()]
-        chosen = [prompts[(i * RESPONSES + k) % len(prompts)] for k in range(RESPONSES)]
-        responses = list(engine.sample([Request(p, i * RESPONSES + k) for k, p in enumerate(chosen)], 1.0, RESPONSE))
-        assert all(len(r.ids) == RESPONSE for r in responses)
-        clock.append(time.perf_counter())
+        clock = [now()]
+        chosen = [prompts[(i * n + k) % len(prompts)] for k in range(n)]
+        responses = list(engine.sample([Request(p, i * n + k) for k, p in enumerate(chosen)], 1.0, shape.response))
+        assert all(len(r.ids) == shape.response for r in responses)
+        clock.append(now())
         ids = np.concatenate([np.concatenate([chosen[r.index], r.ids]) for r in responses]).astype(np.int32)
-        lengths = np.full(RESPONSES, PROMPT + RESPONSE)
-        batches = pack(ids, lengths, PROMPT + RESPONSE, MICRO * (PROMPT + RESPONSE))
+        batches = pack(ids, np.full(n, shape.length), shape.length, MICRO * shape.length)
         for work, of, model in ((forward, logprobs, policy), (forward, logprobs, reference), (forward, values, scorer),
                                 (forward, values, critic), (step, logprobs, policy), (step, values, critic)):
             work(of, model, batches)
-            clock.append(time.perf_counter())
+            clock.append(now())
         measured.append(dict(zip(PHASES, np.diff(clock).tolist(), strict=True)))
     return {"iterations": measured}
 

@@ -1,11 +1,12 @@
-"""The weight sync from the policy to generators, beside a bare broadcast of the same bytes by gloo.
+"""The weight sync from the policy to generators, beside a bare broadcast of the same bytes: by gloo, on GPUs by NCCL.
 
-    .venv/bin/python benchmarks/weight_sync.py [--workloads W2 M125 M500] [--generators 1 2 4] [--short]
+    .venv/bin/python benchmarks/weight_sync.py [--workloads W2 M125 M500] [--generators 1 2 4] [--short] [KEY=VALUE ...]
 
 One policy rank and real vLLM engines. A sync is a whole one: gather, digest, buckets, layer by layer into the engine,
 stamp, on the wire that a run on this machine takes (`weight_sync.backend=gloo` makes it the broadcast's). The broadcast
-sends as many bytes in buckets of the same size between as many processes, and does nothing with them. Both alternate in
-one run. Prints a table and writes benchmarks/results/weight_sync.json with conditions.
+sends as many bytes in buckets of the same size between as many processes, and does nothing with them; where generators
+share the policy's GPU (cluster.placement=colocated), it is a copy within that GPU. Both alternate in one run. Prints a
+table and writes benchmarks/results/weight_sync.json with conditions.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from rlhf_ray.train import roles
 
 RESULTS = Path(__file__).parent / "results" / "weight_sync.json"
 ENGINE_GIB = 1.5  # of an engine besides its weights: libraries, cache
+GPU_SHARE = 0.01  # of an end of the bare broadcast
 
 
 def main() -> None:
@@ -78,10 +80,12 @@ def measured(name: str, count: int, models: Path, repeats: int, overrides: tuple
         policy.call(PolicyLearner.connect, generators.actors, cfg.roles.generator.tensor_parallel_size,
                     roles.sync_backend(cfg), cast.meeting_point("policy"), cfg.weight_sync.bucket_mib,
                     cfg.cluster.call_timeout_s)
-        total = sum(f.stat().st_size for f in Path(path).glob("*.safetensors"))
+        total = parameters(path) * (2 if cfg.model.dtype == "bfloat16" else 4)
         port, bucket = free_port(), int(cfg.weight_sync.bucket_mib * 2**20)
-        wire = [Wire.remote() for _ in range(1 + count)]
-        ray.get([w.join.remote(port, rank, len(wire)) for rank, w in enumerate(wire)])
+        backend = roles.sync_backend(cfg)
+        ends = 1 if backend == "ipc" else 1 + count
+        wire = [Wire.options(num_gpus=GPU_SHARE if cfg.roles.policy.gpus else 0).remote() for _ in range(ends)]
+        ray.get([w.join.remote(port, rank, len(wire), backend) for rank, w in enumerate(wire)])
         syncs, broadcasts = [], []
         for version in range(1, repeats + 2):
             started = time.perf_counter()
@@ -92,28 +96,46 @@ def measured(name: str, count: int, models: Path, repeats: int, overrides: tuple
             broadcasts.append(time.perf_counter() - started)
     sync, broadcast = spread(syncs[1:]), spread(broadcasts[1:])
     return {"workload": name, "parameters": parameters(path), "mib": total / 2**20, "generators": count,
-            "wire": roles.sync_backend(cfg),
+            "wire": backend,
             "sync_s": sync, "broadcast_s": broadcast, "gb_per_s": total / 1e9 / sync["median"],
             "ratio": median(b / s for b, s in zip(broadcasts[1:], syncs[1:], strict=True))}
 
 
 @ray.remote(num_cpus=0)
 class Wire:
-    """One end of a gloo broadcast."""
+    """One end of a broadcast; of a copy within a GPU, both."""
 
-    def join(self, port: int, rank: int, world_size: int) -> None:
+    def join(self, port: int, rank: int, world_size: int, backend: str) -> None:
+        import torch
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+
         from rlhf_ray.engines.wire_gloo import join
 
-        self.rank, self.group = rank, join("127.0.0.1", port, rank, world_size, 120.0)
+        self.backend, self.device = backend, torch.device("cuda:0" if backend in ("nccl", "ipc") else "cpu")
+        if backend == "nccl":
+            group = StatelessProcessGroup.create("127.0.0.1", port, rank, world_size)
+            self.group: Any = PyNcclCommunicator(group, self.device)
+        elif backend != "ipc":
+            self.group = join("127.0.0.1", port, rank, world_size, 120.0)
 
     def broadcast(self, total: int, bucket: int) -> None:
         import torch
 
         from rlhf_ray.engines.wire_gloo import broadcast
 
-        buffer = torch.zeros(min(bucket, total) // 4)
+        buffer = torch.zeros(min(bucket, total) // 4, device=self.device)
+        other = torch.empty_like(buffer)
         for first in range(0, total // 4, len(buffer)):
-            broadcast(self.group, buffer[: total // 4 - first]).wait()
+            part = buffer[: total // 4 - first]
+            if self.backend == "ipc":
+                other[: len(part)].copy_(part)
+            elif self.backend == "nccl":
+                self.group.broadcast(part, src=0)
+            else:
+                broadcast(self.group, part).wait()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 def parameters(path: str) -> int:

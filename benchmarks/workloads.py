@@ -1,4 +1,5 @@
-"""Work of a known size: random models, prompts of exactly 32 tokens, responses of exactly 64.
+"""Work of a known size: random models, 64 prompts of exactly 32 tokens, responses of exactly 64. The two largest
+models, which are meant for GPUs, have 256 prompts of 128 tokens and responses of 256.
 
 No response ends early, for the tokenizer's end-of-sequence token is one that the model does not have. `varying` models
 have it, and were trained for a moment on lines of random words whose lengths are long-tailed: so are their responses,
@@ -33,13 +34,21 @@ class Shape:
     layers: int
     heads: int
     tied: bool = False
+    responses: int = RESPONSES
+    prompt: int = PROMPT
+    response: int = RESPONSE
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
 
 
 SHAPES = {
     "W1": Shape(512, 128, 384, 4, 4),  # 1M parameters
     "W2": Shape(4096, 384, 1536, 10, 6),  # 27M
     "M125": Shape(32000, 768, 2304, 13, 12, tied=True),  # 125M
-    "M500": Shape(32000, 1280, 3840, 22, 20, tied=True),  # 510M
+    "M500": Shape(32000, 1280, 3840, 22, 20, tied=True, responses=256, prompt=128, response=256),  # 510M
+    "M1300": Shape(32000, 2048, 5632, 24, 16, tied=True, responses=256, prompt=128, response=256),  # 1.3G
 }
 
 
@@ -61,9 +70,10 @@ def make(name: str, root: Path) -> Path:
         max_position_embeddings=2048, tie_word_embeddings=shape.tied, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=None, pad_token_id=0)
     prompts: list[str] = []
-    while len(prompts) < 4 * RESPONSES:
-        text = tokenizer.decode(tokenizer(" ".join(rng.choices(words, often, k=60)))["input_ids"][: PROMPT - 1])
-        if len(tokenizer(text)["input_ids"]) == PROMPT - 1:  # <|bos|> comes before it
+    while len(prompts) < 4 * shape.responses:
+        said = " ".join(rng.choices(words, often, k=2 * shape.prompt))
+        text = tokenizer.decode(tokenizer(said)["input_ids"][: shape.prompt - 1])
+        if len(tokenizer(text)["input_ids"]) == shape.prompt - 1:  # <|bos|> comes before it
             prompts.append(text)
     never_ends(tokenizer, shape.vocab)
     # The reward model reads the end-of-sequence token behind a response that was cut.
@@ -121,15 +131,16 @@ def make_varying(name: str, root: Path) -> Path:
 
 def config(name: str, workload: Path, output_dir: Path, algorithm: str = "ppo", iterations: int = 5,
            overrides: tuple[str, ...] = ()) -> Config:
-    """One ppo stage on a workload: one optimizer step on 64 responses, float32, micro-batches of eight sequences."""
+    """One ppo stage on a workload: one optimizer step on a batch, float32, micro-batches of eight sequences."""
+    shape = SHAPES[name]
     cfg = compose([
         "experiment=null", "data=files", f"algorithm={algorithm}", f"output_dir={output_dir}", "resume=never",
-        f"model.path={workload / 'sft/model'}", f"model.max_length={PROMPT + RESPONSE}", "data.template=none",
-        f"data.ppo_prompts={workload / 'prompts.jsonl'}", f"data.max_prompt_tokens={PROMPT}",
-        f"rollout.batch_size={RESPONSES}", f"rollout.max_response_tokens={RESPONSE}",
-        f"algorithm.minibatch_size={RESPONSES}", "algorithm.ppo_epochs=1", f"ppo.iterations={iterations}",
+        f"model.path={workload / 'sft/model'}", f"model.max_length={shape.length}", "data.template=none",
+        f"data.ppo_prompts={workload / 'prompts.jsonl'}", f"data.max_prompt_tokens={shape.prompt}",
+        f"rollout.batch_size={shape.responses}", f"rollout.max_response_tokens={shape.response}",
+        f"algorithm.minibatch_size={shape.responses}", "algorithm.ppo_epochs=1", f"ppo.iterations={iterations}",
         "checkpoint.iterations=1000000", "ppo.policy_optimizer.lr=1e-6", "ppo.critic_optimizer.lr=1e-6",
-        *[f"roles.{role}.micro_batch_tokens={8 * (PROMPT + RESPONSE)}"
+        *[f"roles.{role}.micro_batch_tokens={8 * shape.length}"
           for role in ("policy", "critic", "reward", "reference")],
         *overrides,
     ])

@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_ray import storage
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
 from rlhf_ray.engines.gloo import share_devices
+from rlhf_ray.errors import UserError
 from rlhf_ray.models.light import absent
 
 
@@ -59,12 +60,11 @@ def import_vllm() -> None:
         from vllm import LLM  # noqa: F401
 
 
-def kv_cache_bytes(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int:
-    """KV cache of an engine on CPU: what `max_num_seqs` of the longest sequences take, roles.generator.kv_cache_gib at
-    most. vLLM writes zeros all over it at the start, and to touch a GiB for the first time may take seconds."""
+def kv_cache_bytes(path: str, model: ModelConfig, cfg: GeneratorConfig, limit: int) -> int:
+    """KV cache of an engine: what `max_num_seqs` of the longest sequences take, `limit` at most. On CPU vLLM writes
+    zeros all over it at the start, and to touch a GiB for the first time may take seconds."""
     from transformers import AutoConfig
 
-    limit = cfg.kv_cache_gib * 2**30
     text = AutoConfig.from_pretrained(path).get_text_config()
     layers, heads, size = (getattr(text, name, None) for name in (
         "num_hidden_layers", "num_attention_heads", "hidden_size"))
@@ -74,6 +74,32 @@ def kv_cache_bytes(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int:
     width = _padded(getattr(text, "head_dim", None) or size // heads, 32)
     per_token = 2 * layers * heads_kept * width * (4 if model.dtype == "float32" else 2)
     return min(limit, per_token * (cfg.max_num_seqs + 1) * (_padded(model.max_length, _BLOCK) + _BLOCK))
+
+
+def _cache_limit(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int | None:
+    """Bytes that the KV cache may take at most; None: vLLM finds out by a pass of the largest batch.
+
+    On a GPU which others use as well it must not: whatever they take or let go meanwhile would count as the engine's.
+    Raises UserError if its share of the GPU is too small for the weights.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return cfg.kv_cache_gib * 2**30
+    if cfg.gpus == 1:
+        return None
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).parameters()
+    weights = sum(p.numel() for p in parameters) * (4 if model.dtype == "float32" else 2)
+    share = int(cfg.gpu_memory_utilization * torch.cuda.get_device_properties(0).total_memory)
+    limit = share - weights - share // 10 - 2**30  # activations, and what CUDA itself takes
+    if limit <= 0:
+        raise UserError(f"roles.generator.gpu_memory_utilization={cfg.gpu_memory_utilization:g} is "
+                        f"{share / 2**30:.1f} GiB of this GPU, too little for weights of {weights / 2**30:.1f} GiB and "
+                        "a KV cache: raise it")
+    return limit
 
 
 def _padded(n: int, multiple: int) -> int:
@@ -109,6 +135,7 @@ class GenerationEngine:
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.threads)
             share_devices()
+        limit = _cache_limit(path, model, cfg)
         self.llm: Any = LLM(
             path, dtype=cast(Any, model.dtype), max_model_len=model.max_length, enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.tensor_parallel_size, max_num_seqs=cfg.max_num_seqs,
@@ -118,7 +145,7 @@ class GenerationEngine:
             worker_extension_cls="rlhf_ray.engines.weight_sync.WorkerExtension",
             # A model and its tokenizer decide how to sample; a generation_config.json must not.
             generation_config="vllm", enable_sleep_mode=shared,
-            kv_cache_memory_bytes=None if torch.cuda.is_available() else kv_cache_bytes(path, model, cfg),
+            kv_cache_memory_bytes=None if limit is None else kv_cache_bytes(path, model, cfg, limit),
         )
         self.version, self._path = 0, path  # "": of no path
         self._asleep = {"weights": False, "kv_cache": False}

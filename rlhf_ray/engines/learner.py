@@ -172,6 +172,7 @@ class Learner:
         self.device = device
         self._offloaded = False  # parameters and buffers
         self._host: dict[str, Tensor] = {}  # the newest copy of the state, to be written over: see `state`
+        self._away: list[Tensor] = []  # where the optimizer is in host memory, pinned; kept, for it is slow to come by
 
     # -- collectives on numbers ------------------------------------------------------------------------------
 
@@ -369,8 +370,14 @@ class Learner:
         """
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
-        for tensor in self._optimizer_tensors():
-            tensor.data = tensor.data.to("cpu")
+        for i, tensor in enumerate(self._optimizer_tensors()):
+            if tensor.device.type == "cpu":
+                continue
+            if i == len(self._away):
+                self._away.append(torch.empty_like(tensor, device="cpu", pin_memory=True))
+            tensor.data = self._away[i].copy_(tensor, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the copies are whole
         if everything and not self._offloaded:
             # DeepSpeed's own way for the optimizer's part wants its FusedAdam.
             self.engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
@@ -384,7 +391,7 @@ class Learner:
             self.engine.reload_states()
             self._offloaded = False
         for tensor in self._optimizer_tensors():
-            tensor.data = tensor.data.to(self.device)
+            tensor.data = tensor.data.to(self.device, non_blocking=True)
 
     def _optimizer_tensors(self) -> Iterator[Tensor]:
         if self.cfg.offload_optimizer:  # it lives in host memory

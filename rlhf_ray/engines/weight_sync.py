@@ -26,6 +26,7 @@ here needs tests/end_to_end/test_weight_sync.py.
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
@@ -203,7 +204,8 @@ class WeightSender:
         elif backend == "nccl":
             info = NCCLTrainerInitInfo(address, port, world, packed_buffer_size_bytes=bucket, rank=rank)
         else:
-            info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=bucket, rank=rank)
+            largest = max(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in learner.shapes())
+            info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=max(bucket, largest), rank=rank)
         self._client.source = LearnerWeights(learner, bucket, observe)
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._client.source)
 

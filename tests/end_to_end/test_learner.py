@@ -59,7 +59,7 @@ def blocks() -> TokenDataset:
 
 
 def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, turns=False, again=False,
-                   **algorithm):
+                   gpus=0.0, **algorithm):
     """Weights and report after optimizer steps of eight rollouts, and with ptx two or four text blocks, each.
 
     turns: between the steps the learners leave the device, as where they share it. again: layers are computed again in
@@ -68,7 +68,7 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
     cfg = small_config(path)
     cfg.model.max_length, cfg.model.gradient_checkpointing = 24, again
     cfg.roles.policy.ranks, cfg.roles.policy.micro_batch_tokens = ranks, micro_batch_tokens
-    cfg.roles.policy.param_persistence_threshold = 500
+    cfg.roles.policy.param_persistence_threshold, cfg.roles.policy.gpus = 500, gpus
     cfg.ppo.policy_optimizer.lr, cfg.algorithm.ptx_coef = 1e-3, 0.5
     for key, value in algorithm.items():
         setattr(cfg.algorithm, key, value)

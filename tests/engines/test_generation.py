@@ -15,7 +15,7 @@ LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 128, "num
 def found(tmp_path, config, limit_gib=1, **engine):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelConfig(path=str(tmp_path), max_length=100, dtype=engine.pop("dtype", "float32"))
-    return kv_cache_bytes(str(tmp_path), model, GeneratorConfig(kv_cache_gib=limit_gib, **engine))
+    return kv_cache_bytes(str(tmp_path), model, GeneratorConfig(**engine), limit_gib * 2**30)
 
 
 def test_room_for_all_sequences_at_full_length_and_a_block_more_each(tmp_path):
