@@ -21,6 +21,13 @@ def conditions() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": installed()}
 
 
+def results(name: str) -> Path:
+    """The file of a benchmark's results on this kind of machine."""
+    import torch
+
+    return Path(__file__).parent / "results" / f"{name}{'_gpu' if torch.cuda.is_available() else ''}.json"
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """How a measurement that was repeated is told."""
     return {"median": median(values), "min": min(values), "max": max(values)}

@@ -5,7 +5,7 @@
 The floor has no Ray, no sync and no orchestration: vLLM samples, then plain torch modules make the four forward passes
 (policy, reference, reward, critic) and the two training steps, one after the other, with all cores or a GPU each. Runs
 and floors alternate, and only numbers of one call of this script may be set side by side. KEY=VALUE changes both.
-Prints a table and writes benchmarks/results/iteration.json with conditions.
+Prints a table and writes benchmarks/results/iteration.json (on a GPU iteration_gpu.json) with conditions.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conditions import conditions
+from conditions import conditions, results
 from workloads import SHAPES, Shape, config, make
 
 from rlhf_ray.cluster.role import ROLE_ENV
 from rlhf_ray.config.schema import Config
 
-RESULTS = Path(__file__).parent / "results" / "iteration.json"
 WARM_UP = 1  # iterations
 MICRO = 8  # sequences in a forward pass
 PHASES = ("generate", "policy forward", "reference forward", "reward forward", "critic forward", "policy step",
@@ -71,9 +70,10 @@ def main() -> None:
                         "floor_over_iteration": table[name]["floor"]["total"]["median"]
                         / table[name]["run"]["total"]["median"]}
     if not args.short:
-        found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        file = results("iteration")
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         found[" ".join(overrides) or "defaults"] = {**conditions(), "workloads": table}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
+        file.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
     for name, found in table.items():
         for kind in ("floor", "run"):
             print(f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in found[kind].items()))

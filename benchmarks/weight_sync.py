@@ -6,7 +6,7 @@ One policy rank and real vLLM engines. A sync is a whole one: gather, digest, bu
 stamp, on the wire that a run on this machine takes (`weight_sync.backend=gloo` makes it the broadcast's). The broadcast
 sends as many bytes in buckets of the same size between as many processes, and does nothing with them; where generators
 share the policy's GPU (cluster.placement=colocated), it is a copy within that GPU. Both alternate in one run. Prints a
-table and writes benchmarks/results/weight_sync.json with conditions.
+table and writes benchmarks/results/weight_sync.json (on a GPU weight_sync_gpu.json) with conditions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-from conditions import conditions, spread
+from conditions import conditions, results, spread
 from workloads import config, make
 
 from rlhf_ray.actors.policy import PolicyLearner
@@ -30,7 +30,6 @@ from rlhf_ray.cluster.runtime import free_port, session
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.train import roles
 
-RESULTS = Path(__file__).parent / "results" / "weight_sync.json"
 ENGINE_GIB = 1.5  # of an engine besides its weights: libraries, cache
 GPU_SHARE = 0.01  # of an end of the bare broadcast
 
@@ -58,7 +57,10 @@ def main() -> None:
             rows.append(measured(name, count, args.models, args.repeats, tuple(overrides)))
             print(line(rows[-1]), flush=True)
     if not args.short:
-        RESULTS.write_text(json.dumps({**conditions(), "rows": rows, "skipped": skipped}, indent=1) + "\n")
+        file = results("weight_sync")
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        found[" ".join(overrides) or "defaults"] = {**conditions(), "rows": rows, "skipped": skipped}
+        file.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
     print("\n".join(f"skipped: {text}" for text in skipped))
 
 
