@@ -113,6 +113,9 @@ def run(cfg: Config, shape: Shape) -> dict[str, Any]:
     with session(cfg):
         ppo.run(cfg)
     rows = read_history(Paths(cfg).stage("ppo"))
+    if any(row[key] for row in rows for key in row if key.endswith("_skipped_steps")):
+        raise SystemExit(f"{cfg.output_dir}: optimizer steps were dropped, for their gradients were not finite: there "
+                         "is nothing to compare")
     return {"iterations": [row["seconds"] for row in rows],
             "first_rollout_at": next(at for phase, at in entered if phase == "rollout")}
 

@@ -73,7 +73,7 @@ class PackedRows:
     def pick(self, flat: np.ndarray, fill: float = 0.0) -> Tensor:
         """The entries of a flat per-token array in this rectangle [R, L], `fill` where empty."""
         values = torch.as_tensor(np.array(flat)) if not flat.flags.writeable else torch.as_tensor(flat)
-        picked = values[self.index.clamp(min=0)]
+        picked = values.to(self.index.device)[self.index.clamp(min=0)]
         return torch.where(self.filled, picked, torch.full_like(picked, fill))
 
     def before(self, states: Tensor) -> Tensor:

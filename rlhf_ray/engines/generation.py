@@ -147,6 +147,8 @@ class GenerationEngine:
             generation_config="vllm", enable_sleep_mode=shared,
             kv_cache_memory_bytes=None if limit is None else kv_cache_bytes(path, model, cfg, limit),
         )
+        if shared:
+            self.llm.collective_rpc("share_device")
         self.version, self._path = 0, path  # "": of no path
         self._asleep = {"weights": False, "kv_cache": False}
         self._requests = 0

@@ -12,6 +12,7 @@ over ranks; the loss is multiplied by the world size to undo that.
 import gc
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -98,11 +99,14 @@ def _count_anew() -> None:
     Init.param_id = 0
 
 
-def _deepspeed_config(cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, layers: list[str]) -> dict:
+def _deepspeed_config(
+    cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, layers: list[str], world_size: int
+) -> dict:
+    alone = world_size == 1  # all is here: nothing to gather or to reduce, nor to wait for on other streams
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_param_persistence_threshold": cfg.param_persistence_threshold,
-        "overlap_comm": torch.cuda.is_available(),
+        "stage3_param_persistence_threshold": sys.maxsize if alone else cfg.param_persistence_threshold,
+        "overlap_comm": torch.cuda.is_available() and not alone,
     }
     if layers:
         # A layer is gathered and let go as a whole. DeepSpeed's way is each module by itself, at the cost of its
@@ -165,7 +169,8 @@ class Learner:
             fused=True,  # one walk through memory instead of ten
         )
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw, config=_deepspeed_config(cfg, optimizer, dtype, layer_classes(module)),
+            model=module, optimizer=adamw,
+            config=_deepspeed_config(cfg, optimizer, dtype, layer_classes(module), self.world_size),
             dist_init_required=False,
         )
         self.module: nn.Module = self.engine.module

@@ -214,6 +214,8 @@ class PPOTrainer:
         scoring = Scoring(None if self.on_policy else self.policy, self.critic,
                           eager=ahead is None and not self.workers.turns.shared)
         if ahead is None:
+            if self.workers.turns.stale:  # it is tried again, or the first sync was looked at
+                self.sync()
             return self.workers.run(self.samples(step), self.version, self.fleet.wanted, scoring.add), scoring
         for shard, info in zip(ahead.shards, ahead.infos, strict=True):
             scoring.add(shard.rollout, info.tokens)
@@ -286,6 +288,11 @@ class PPOTrainer:
         """Every generator on the wire holds the policy's weights, stamped with their version, or this raises."""
         held: list[int] = self.policy.call(PolicyLearner.push, self.version)[0]
         self.held = dict(zip(self.workers.generators.names, held, strict=True))
+        self.workers.turns.stale = False
+
+    def sync(self) -> None:
+        self.workers.turns.sync()
+        self.push()
 
     def push_weights(self, version: int) -> None:
         """Every generator holds the policy's weights, stamped `version`, or this raises. Here they join and leave.
@@ -297,8 +304,7 @@ class PPOTrainer:
             if self.fleet.gather():
                 self.connect()
             else:
-                self.workers.turns.sync()
-                self.push()
+                self.sync()
         except Exception as error:
             if self.recovery.heal(error, updated=True):
                 raise Again from error

@@ -21,6 +21,7 @@ class Turns:
 
     def __init__(self, generators: Group, learners: Sequence[Group]):
         self.generators, self.learners = generators, learners
+        self.stale = False  # the engines have slept since they were last synced
 
     @property
     def shared(self) -> bool:
@@ -34,6 +35,7 @@ class Turns:
 
     def learn(self) -> None:
         if self.shared:
+            self.stale = True
             self.generators.call(Generator.sleep)
             for learner in self.learners:
                 learner.call(LearnerRole.reload)

@@ -193,6 +193,11 @@ def test_pick_brings_a_per_token_array_into_the_rectangle() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_pick_on_a_device_brings_what_is_in_host_memory_there() -> None:
+    rows = pack(FLAT, np.array([3, 1]), 4, 8)[0].to(torch.device("meta"))
+    assert rows.pick(FLAT).device.type == "meta"
+
+
 def test_pick_from_a_read_only_array() -> None:
     """What Ray hands out cannot be written: no warning, and nothing that writes to it by accident."""
     (rows,) = pack(FLAT, LENGTHS, row_length=4, tokens_per_batch=8)

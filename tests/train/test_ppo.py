@@ -43,7 +43,7 @@ def loop(script: Script, directory: Path, action: str = "log", save: Callable[[]
     cfg.alarms.kl.threshold, cfg.alarms.kl.action = 10.0, action
     workers: Any = SimpleNamespace(forget=lambda: None)
     recorder: Any = SimpleNamespace(positions={}, rewind=lambda positions: None)
-    fleet: Any = SimpleNamespace(cast=script, **stays)
+    fleet: Any = SimpleNamespace(cast=script, wanted=1, **stays)
     Loop.script = script
     return Loop(cfg, workers, script.learners[0], None, PromptStream(8, 0), None, recorder,
                 Watch(cfg.alarms, directory, save), fleet, script.checkpoints)
@@ -94,3 +94,21 @@ def test_an_alarm_stops_the_run_though_a_learner_was_lost_in_it(script: Script, 
     with pytest.raises(UserError, match=r"stopped in iteration 2 by alarms\.kl"):
         loop(script, tmp_path, "stop", losing(script)).run()
     assert told(script) == [*ITERATIONS, "last", *BACK, "last"]
+
+
+def test_engines_that_have_slept_are_synced_before_they_sample(script: Script, tmp_path: Path) -> None:
+    """Their weights are gone: the gate puts them to sleep after the first sync, and so does an iteration that is tried
+    again."""
+    trainer, notes = loop(script, tmp_path), script.notes
+    trainer.cfg.rollout.batch_size = 8
+    turns = SimpleNamespace(stale=True, shared=True, sync=lambda: notes.append("turn to sync"))
+    trainer.workers = SimpleNamespace(turns=turns, run=lambda *_: notes.append("sample"))  # type: ignore[assignment]
+
+    def push() -> None:
+        notes.append("push")
+        turns.stale = False
+
+    trainer.push = push  # type: ignore[method-assign]
+    trainer.rollout(1)
+    trainer.rollout(1)
+    assert notes == ["turn to sync", "push", "sample", "sample"]

@@ -52,7 +52,9 @@ def test_an_iteration(device: Device) -> None:
     t = device.turns("policy", "critic")
     t.sample()
     device.peak = 0
+    assert not t.stale
     t.learn()
+    assert t.stale
     assert device.holds == {"generator": "nothing", "policy": "everything", "critic": "everything"}
     t.sync()
     assert device.holds == {"generator": "weights", "policy": "parameters", "critic": "parameters"}
