@@ -64,6 +64,7 @@ def main() -> None:
                 began = time.time()
                 result = child(kind, name, args, overrides)
                 rows[kind] += result["iterations"][WARM_UP:]
+                print(told(name, kind, summary(result["iterations"][WARM_UP:])), flush=True)
                 starts += [result["first_rollout_at"] - began] if kind == "run" else []
         table[name] = {kind: summary(found) for kind, found in rows.items()}
         table[name] |= {"start_to_first_rollout_s": median(starts),
@@ -74,9 +75,10 @@ def main() -> None:
         found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         found[" ".join(overrides) or "defaults"] = {**conditions(), "workloads": table}
         file.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
+    print("all:")
     for name, found in table.items():
         for kind in ("floor", "run"):
-            print(f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in found[kind].items()))
+            print(told(name, kind, found[kind]))
         print(f"{name} floor / iteration {found['floor_over_iteration']:.2f}; "
               f"start to first rollout {found['start_to_first_rollout_s']:.0f} s")
 
@@ -93,6 +95,10 @@ def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     rows = [{**row, "total": sum(row.values())} for row in rows]
     return {phase: {"median": median(r[phase] for r in rows), "min": min(r[phase] for r in rows),
                     "max": max(r[phase] for r in rows)} for phase in rows[0]}
+
+
+def told(name: str, kind: str, phases: dict[str, dict[str, float]]) -> str:
+    return f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in phases.items())
 
 
 def run(cfg: Config, shape: Shape) -> dict[str, Any]:

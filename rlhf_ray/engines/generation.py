@@ -76,7 +76,7 @@ def kv_cache_bytes(path: str, model: ModelConfig, cfg: GeneratorConfig, limit: i
     return min(limit, per_token * (cfg.max_num_seqs + 1) * (_padded(model.max_length, _BLOCK) + _BLOCK))
 
 
-def _cache_limit(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int | None:
+def cache_limit(path: str, model: ModelConfig, cfg: GeneratorConfig) -> int | None:
     """Bytes that the KV cache may take at most; None: vLLM finds out by a pass of the largest batch.
 
     On a GPU which others use as well it must not: whatever they take or let go meanwhile would count as the engine's.
@@ -135,7 +135,7 @@ class GenerationEngine:
         if not torch.cuda.is_available():
             torch.set_num_threads(cfg.threads)
             share_devices()
-        limit = _cache_limit(path, model, cfg)
+        limit = cache_limit(path, model, cfg)
         self.llm: Any = LLM(
             path, dtype=cast(Any, model.dtype), max_model_len=model.max_length, enforce_eager=cfg.enforce_eager,
             tensor_parallel_size=cfg.tensor_parallel_size, max_num_seqs=cfg.max_num_seqs,

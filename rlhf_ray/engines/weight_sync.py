@@ -38,6 +38,12 @@ from rlhf_ray.core.digest import add_digests, tensor_digest
 from rlhf_ray.engines.learner import Learner
 from rlhf_ray.engines.wire_gloo import GlooReceiver, GlooSender, GlooTrainerInitInfo
 from rlhf_ray.engines.wire_shm import ShmReceiver, ShmSender, ShmTrainerInitInfo
+from rlhf_ray.errors import UserError
+
+_REFUSED = (
+    "NCCL refuses to connect the policy with the generators, as it does where two of them are on one GPU: set "
+    "roles.policy.gpus=1 and roles.generator.gpus=1, or cluster.placement=colocated, or, with NCCL 2.30 or newer, the "
+    "environment variable NCCL_MULTI_RANK_GPU_ENABLE=1 on every node. NCCL_DEBUG=WARN tells more")
 
 
 def register() -> None:
@@ -223,7 +229,13 @@ class WeightSender:
             largest = max(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in learner.shapes())
             info = IPCTrainerInitInfo(packed=True, packed_buffer_size_bytes=max(bucket, largest), rank=rank)
         self._client.source = LearnerWeights(learner, bucket, observe)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._client, source=self._client.source)
+        try:
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                info, client=self._client, source=self._client.source)
+        except RuntimeError as error:
+            if backend == "nccl" and "invalid usage" in str(error):
+                raise UserError(_REFUSED) from error
+            raise
 
     def push(self, version: int) -> list[int]:
         """Bring every engine to the learner's weights and stamp them `version`. Collective over the learner ranks.

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.schema import GeneratorConfig, ModelConfig
-from rlhf_ray.engines.generation import GenerationEngine, Request, Response, kv_cache_bytes
+from rlhf_ray.engines.generation import GenerationEngine, Request, Response, cache_limit, kv_cache_bytes
+from rlhf_ray.errors import UserError
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -34,6 +35,30 @@ def test_never_above_the_limit(tmp_path):
 @pytest.mark.parametrize("config", [{"model_type": "mamba", "hidden_size": 128}])
 def test_the_limit_where_the_shape_of_the_cache_is_not_known(tmp_path, config):
     assert found(tmp_path, config) == 2**30
+
+
+def share_of_a_gpu(tmp_path, monkeypatch, gib, **engine):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": 1000, "intermediate_size": 200}))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=int(gib * 2**30)))
+    model = ModelConfig(path=str(tmp_path), dtype="bfloat16")
+    return cache_limit(str(tmp_path), model, GeneratorConfig(gpu_memory_utilization=0.5, **engine))
+
+
+def test_an_engine_among_others_on_a_gpu_has_room_for_its_cache_beside_its_weights(tmp_path, monkeypatch):
+    layer = 128 * (128 + 64 + 64 + 128) + 3 * 128 * 200 + 2 * 128  # attention with half as many keys, mlp, norms
+    weights = 2 * (2 * 1000 * 128 + 3 * layer + 128)
+    share = 4 * 2**30
+    assert share_of_a_gpu(tmp_path, monkeypatch, 8, gpus=0.6) == share - weights - share // 10 - 2**30
+
+
+def test_an_engine_with_a_gpu_of_its_own_finds_out_by_itself(tmp_path, monkeypatch):
+    assert share_of_a_gpu(tmp_path, monkeypatch, 8, gpus=1) is None
+
+
+def test_a_share_that_is_too_small_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"roles\.generator\.gpu_memory_utilization=0\.5 is 1\.0 GiB of this GPU"):
+        share_of_a_gpu(tmp_path, monkeypatch, 2, gpus=0.6)
 
 
 # -- sampling that nobody wants any more. vLLM's engine is played by a few lines here ----------------------------------
