@@ -300,6 +300,8 @@ class Learner:
         """
         import deepspeed
 
+        if self._offloaded:  # in host memory DeepSpeed has them in another order
+            self.reload()
         parameter: Any
         if self.world_size == 1:  # the one part is the whole, and a gather would copy it
             for name, parameter in self.module.named_parameters():
@@ -360,6 +362,8 @@ class Learner:
         for group in range(len(zero.fp32_partitioned_groups_flat)):  # what a step of DeepSpeed ends with
             zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # DeepSpeed gathers on a stream of its own
         self.steps_done = shards.header["steps_done"]
         for key, restore in (("rng", torch.set_rng_state), ("rng_cuda", torch.cuda.set_rng_state)):
             found = shards.own(key, self.rank, self.world_size)

@@ -54,8 +54,8 @@ def _load(kind: str, path: str, cfg: ModelConfig, dropout: float, **options: Any
             # ranks that skip different layers would wait for each other's gathers for ever
             setattr(module, name, 0.0 if name == "layerdrop" else dropout)
     speed_up(model)
-    # PyTorch's first choice on Hopper and Blackwell; its gradients are not always finite (pytorch issue 196678), those
-    # of flash attention, the next, are.
+    # PyTorch's first choice on Hopper and Blackwell. Its gradients are not always finite: not with masks, which packed
+    # rows have (pytorch issue 196678), and perhaps not in large batches without.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if cfg.gradient_checkpointing:  # takes effect in training mode only
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

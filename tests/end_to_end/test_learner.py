@@ -86,6 +86,7 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
                 policy.call(PolicyLearner.offload, True)
                 policy.call(PolicyLearner.offload, True)  # who has left stays away
                 policy.call(PolicyLearner.reload)
+            policy.call(PolicyLearner.offload, True)  # what is saved is looked for there
         else:
             report = policy.call_each(PolicyLearner.update, [([ref], w, 0.1) for w in windows])[0]
         policy.call(PolicyLearner.save, str(out))
