@@ -102,11 +102,12 @@ def _count_anew() -> None:
 def _deepspeed_config(
     cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, layers: list[str], world_size: int
 ) -> dict:
-    alone = world_size == 1  # all is here: nothing to gather or to reduce, nor to wait for on other streams
+    cuda, alone = torch.cuda.is_available(), world_size == 1
     zero: dict[str, Any] = {
         "stage": 3,
-        "stage3_param_persistence_threshold": sys.maxsize if alone else cfg.param_persistence_threshold,
-        "overlap_comm": torch.cuda.is_available() and not alone,
+        # A single rank has all: on a GPU nothing to gather, nor to wait for on other streams. On CPU no step is faster.
+        "stage3_param_persistence_threshold": sys.maxsize if cuda and alone else cfg.param_persistence_threshold,
+        "overlap_comm": cuda and not alone,
     }
     if layers:
         # A layer is gathered and let go as a whole. DeepSpeed's way is each module by itself, at the cost of its
