@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from datetime import date
@@ -21,11 +22,15 @@ def conditions() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "versions": installed()}
 
 
-def results(name: str) -> Path:
-    """The file of a benchmark's results on this kind of machine."""
+def keep(name: str, overrides: list[str], found: dict[str, Any]) -> None:
+    """Write what a benchmark found, with conditions, into its file for this kind of machine; what other overrides gave
+    stays there."""
     import torch
 
-    return Path(__file__).parent / "results" / f"{name}{'_gpu' if torch.cuda.is_available() else ''}.json"
+    file = Path(__file__).parent / "results" / f"{name}{'_gpu' if torch.cuda.is_available() else ''}.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept[" ".join(overrides) or "defaults"] = {**conditions(), **found}
+    file.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from conditions import conditions, results
-from workloads import SHAPES, Shape, config, make
+from conditions import keep
+from workloads import config, make
 
 from rlhf_ray.cluster.role import ROLE_ENV
 from rlhf_ray.config.schema import Config
@@ -50,7 +50,7 @@ def main() -> None:
         workload = args.workload or args.models / name
         cfg = config(name, workload, args.models / "runs" / f"{workload.name}-{args.algorithm}", args.algorithm,
                      args.iterations, tuple(overrides))
-        print(json.dumps(measure(cfg, SHAPES[name])))
+        print(json.dumps(measure(cfg)))
         return
     if args.short:
         args.workloads, args.iterations, args.repeats = ["W1"], 3, 1
@@ -71,10 +71,7 @@ def main() -> None:
                         "floor_over_iteration": table[name]["floor"]["total"]["median"]
                         / table[name]["run"]["total"]["median"]}
     if not args.short:
-        file = results("iteration")
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        found[" ".join(overrides) or "defaults"] = {**conditions(), "workloads": table}
-        file.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
+        keep("iteration", overrides, {"workloads": table})
     print("all:")
     for name, found in table.items():
         for kind in ("floor", "run"):
@@ -101,7 +98,7 @@ def told(name: str, kind: str, phases: dict[str, dict[str, float]]) -> str:
     return f"{name} {kind:<6}" + "  ".join(f"{phase} {t['median']:.2f}" for phase, t in phases.items())
 
 
-def run(cfg: Config, shape: Shape) -> dict[str, Any]:
+def run(cfg: Config) -> dict[str, Any]:
     """Seconds of each phase of each iteration of the ppo stage, and when its first rollout began."""
     from rlhf_ray.cluster.runtime import session
     from rlhf_ray.metrics.recorder import read_history
@@ -126,7 +123,7 @@ def run(cfg: Config, shape: Shape) -> dict[str, Any]:
             "first_rollout_at": next(at for phase, at in entered if phase == "rollout")}
 
 
-def floor(cfg: Config, shape: Shape) -> dict[str, Any]:
+def floor(cfg: Config) -> dict[str, Any]:
     """Seconds of the same work in this process."""
     import numpy as np
     import torch
@@ -151,7 +148,7 @@ def floor(cfg: Config, shape: Shape) -> dict[str, Any]:
     optimizers = {m: torch.optim.AdamW(m.parameters(), lr=1e-6, fused=True) for m in (policy, critic)}
 
     def logprobs(model: CausalLM, rows: PackedRows) -> torch.Tensor:
-        return model(rows, rows.positions >= shape.prompt, 1.0)[0]
+        return model(rows, rows.positions >= cfg.data.max_prompt_tokens, 1.0)[0]
 
     def values(model: ScalarModel, rows: PackedRows) -> torch.Tensor:
         return rows.before(model(rows))
@@ -172,15 +169,16 @@ def floor(cfg: Config, shape: Shape) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    measured, n = [], shape.responses
+    measured, n, longest = [], cfg.rollout.batch_size, cfg.rollout.max_response_tokens
+    length = cfg.model.max_length  # of every prompt and response
     for i in range(cfg.ppo.iterations):
         clock = [now()]
         chosen = [prompts[(i * n + k) % len(prompts)] for k in range(n)]
-        responses = list(engine.sample([Request(p, i * n + k) for k, p in enumerate(chosen)], 1.0, shape.response))
-        assert all(len(r.ids) == shape.response for r in responses)
+        responses = list(engine.sample([Request(p, i * n + k) for k, p in enumerate(chosen)], 1.0, longest))
+        assert all(len(r.ids) == longest for r in responses)
         clock.append(now())
         ids = np.concatenate([np.concatenate([chosen[r.index], r.ids]) for r in responses]).astype(np.int32)
-        batches = pack(ids, np.full(n, shape.length), shape.length, MICRO * shape.length)
+        batches = pack(ids, np.full(n, length), length, MICRO * length)
         for work, of, model in ((forward, logprobs, policy), (forward, logprobs, reference), (forward, values, scorer),
                                 (forward, values, critic), (step, logprobs, policy), (step, values, critic)):
             work(of, model, batches)

@@ -12,7 +12,6 @@ table and writes benchmarks/results/weight_sync.json (on a GPU weight_sync_gpu.j
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
-from conditions import conditions, results, spread
+from conditions import keep, spread
 from workloads import config, make
 
 from rlhf_ray.actors.policy import PolicyLearner
@@ -57,10 +56,7 @@ def main() -> None:
             rows.append(measured(name, count, args.models, args.repeats, tuple(overrides)))
             print(line(rows[-1]), flush=True)
     if not args.short:
-        file = results("weight_sync")
-        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        found[" ".join(overrides) or "defaults"] = {**conditions(), "rows": rows, "skipped": skipped}
-        file.write_text(json.dumps(found, indent=1) + "\n")  # what other overrides gave stays
+        keep("weight_sync", overrides, {"rows": rows, "skipped": skipped})
     print("\n".join(f"skipped: {text}" for text in skipped))
 
 

@@ -291,6 +291,7 @@ class PPOTrainer:
         self.workers.turns.stale = False
 
     def sync(self) -> None:
+        """`push`, with whatever shares a device in its place for that."""
         self.workers.turns.sync()
         self.push()
 

@@ -16,7 +16,7 @@ import torch
 from end_to_end.small import earlier_stages, ppo_config, small_config
 from end_to_end.test_learner import ALGORITHMS, CUTS, updated_policy
 from end_to_end.test_scorers import rollout
-from end_to_end.test_weight_sync import PROMPTS, SAMPLES, connect, gap, rollouts
+from end_to_end.test_weight_sync import PROMPTS, SAMPLES, check_push, connect
 from rlhf_ray.actors.generator import Generator
 from rlhf_ray.actors.learner_role import LearnerRole
 from rlhf_ray.actors.policy import PolicyLearner
@@ -51,22 +51,10 @@ def on_gpu(cfg: Config, placement: str = "separate") -> Config:
 def test_engines_sample_from_the_learners_weights(ray_session, models, wire, placement, count, bucket_mib):
     """As on CPU: after the push the engines' log-probabilities are those of the learners' model. Nearly every tensor
     is a bucket of its own, or all are one."""
-    engine_start, learner_start = models
-    cfg = on_gpu(small_config(learner_start), placement)
+    cfg = on_gpu(small_config(models[1]), placement)
     cfg.roles.policy.ranks = cfg.roles.generator.replicas = count
     cfg.roles.policy.param_persistence_threshold = 0
-    with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, engine_start, ray.put(PROMPTS), wire)
-        policy = roles.policy_learners(cast, cfg, learner_start, 1, None)
-        reference = roles.reference_models(cast, cfg, learner_start)
-        cast.ready()
-        assert gap(reference, engine_start, rollouts(generators, 0)) < 1e-4
-        connect(cast, policy, generators, bucket_mib, wire)
-        for version in (6, 7):
-            policy.call(PolicyLearner.push, version)
-        batches = rollouts(generators, 7)
-        assert gap(reference, learner_start, batches) < 1e-4
-        assert gap(reference, engine_start, batches) > 1e-3  # the two models really differ
+    check_push(cfg, models[0], wire, bucket_mib, 1e-4)
 
 
 def memory_in_use() -> float:

@@ -48,6 +48,24 @@ def connect(cast, policy, generators, bucket_mib=64.0, wire="shm") -> None:
     policy.call(PolicyLearner.connect, generators.actors, 1, wire, cast.meeting_point("policy"), bucket_mib, 60.0)
 
 
+def check_push(cfg, engine_start: str, wire: str, bucket_mib: float, limit: float) -> None:
+    """Before pushes the engines' log-probabilities are those of the model that they started from, afterwards those of
+    the learners' model (cfg.model.path), to `limit` nats per token."""
+    learner_start = cfg.model.path
+    with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
+        generators = roles.generators(cast, cfg, engine_start, ray.put(PROMPTS), wire)
+        policy = roles.policy_learners(cast, cfg, learner_start, 1, None)
+        reference = roles.reference_models(cast, cfg, learner_start)
+        cast.ready()
+        assert gap(reference, engine_start, rollouts(generators, 0)) < limit
+        connect(cast, policy, generators, bucket_mib, wire)
+        for version in (6, 7):
+            policy.call(PolicyLearner.push, version)
+        batches = rollouts(generators, 7)
+        assert gap(reference, learner_start, batches) < limit
+        assert gap(reference, engine_start, batches) > 1e-3  # the two models really differ: this could have failed
+
+
 @pytest.mark.parametrize("wire", ["shm", "gloo"])
 def test_engines_sample_from_the_learners_weights(ray_session, models, wire):
     """Two engines start from model 0; two ZeRO-3 ranks hold model 1. After the push the engines' log-probabilities
@@ -58,17 +76,7 @@ def test_engines_sample_from_the_learners_weights(ray_session, models, wire):
     cfg = small_config(learner_start)
     cfg.roles.policy.ranks, cfg.roles.generator.replicas = 2, 2
     cfg.roles.policy.param_persistence_threshold = 0  # every parameter is sharded and must be gathered
-    with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, engine_start, ray.put(PROMPTS), wire)
-        policy = roles.policy_learners(cast, cfg, learner_start, 1, None)
-        reference = roles.reference_models(cast, cfg, learner_start)
-        cast.ready()
-        assert gap(reference, engine_start, rollouts(generators, 0)) < 1e-5
-        connect(cast, policy, generators, 0.001, wire)
-        policy.call(PolicyLearner.push, 7)
-        batches = rollouts(generators, 7)
-        assert gap(reference, learner_start, batches) < 1e-5
-        assert gap(reference, engine_start, batches) > 1e-3  # the two models really differ: this could have failed
+    check_push(cfg, engine_start, wire, 0.001, 1e-5)
 
 
 def test_nothing_that_old_weights_computed_is_reused(ray_session, models):
