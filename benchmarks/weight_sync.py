@@ -29,7 +29,7 @@ from rlhf_ray.cluster.runtime import free_port, session
 from rlhf_ray.core.types import PromptSet
 from rlhf_ray.train import roles
 
-ENGINE_GIB = 1.5  # of an engine besides its weights: libraries, cache
+ENGINE_GIB = 2.5  # of an engine and its end of the broadcast, besides weights: libraries, cache, buckets
 GPU_SHARE = 0.01  # of an end of the bare broadcast
 
 
@@ -48,8 +48,10 @@ def main() -> None:
         make(name, args.models)
         size = sum(f.stat().st_size for f in (args.models / name / "sft/model").glob("*.safetensors")) / 2**30
         for count in args.generators:
-            # The learner holds parameters and their float32 masters; an engine its weights, and a layer twice.
-            needs, free = 3 * size + count * (1.3 * size + ENGINE_GIB), psutil.virtual_memory().available / 2**30
+            # The learner holds parameters, their masters, gradients and DeepSpeed's bucket; an engine its weights, and
+            # a while after it was loaded what that took. Ray ends workers where less than a twentieth is free.
+            needs = 5 * size + count * (2 * size + ENGINE_GIB)
+            free = 0.9 * psutil.virtual_memory().available / 2**30
             if needs > free:
                 skipped.append(f"{name} to {count} generators: needs about {needs:.0f} GiB, {free:.0f} are free")
                 continue

@@ -96,7 +96,7 @@ class PolicyLearner(RLLearner):
         self.clip = Clip(algorithm.clip_ratio, high, algorithm.dual_clip)
         self.model = load_causal_lm(path, model)
         self.packer = Packer.of(self.model, model)
-        self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device)
+        self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device, shared=True)
         self.average: dict[str, Tensor] = {}  # EMA of the weights, float32, on rank 0
         self.averaged: dict[str, int] = {}  # up to which version
         self.version = 0

@@ -27,6 +27,7 @@ from rlhf_ray.config.schema import LearnerConfig, OptimizerConfig
 from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.engines.gloo import bind_towards, share_devices
+from rlhf_ray.engines.shared_memory import SharedMemory
 from rlhf_ray.models.modules import CausalLM, layer_classes
 from rlhf_ray.models.processors import use_processors
 from rlhf_ray.models.shards import WEIGHT, Shards
@@ -149,18 +150,24 @@ class StepReport:
 class Learner:
     """Trains `module` on packed micro-batches; every method but `rank` is collective over the group.
 
-    `total_steps` is the number of optimizer steps of the whole run: the learning-rate schedule counts those.
+    `total_steps` is the number of optimizer steps of the whole run: the learning-rate schedule counts those. shared:
+    on CPU, a single rank has its weights in `memory`, which other processes of the host can map.
     """
+
+    memory: SharedMemory | None = None
 
     def __init__(
         self, module: nn.Module, cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, total_steps: int,
-        device: torch.device,
+        device: torch.device, shared: bool = False,
     ):
         import deepspeed
+        from deepspeed.runtime.zero import stage3, utils
 
         self.cfg, self.optimizer_cfg, self.total_steps = cfg, optimizer, total_steps
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps_done = 0
+        stage3.defragment = self._shared if shared and device.type == "cpu" and self.world_size == 1 \
+            else utils.defragment
         adamw = torch.optim.AdamW(
             [
                 {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
@@ -179,6 +186,14 @@ class Learner:
         self._offloaded = False  # parameters and buffers
         self._host: dict[str, Tensor] = {}  # the newest copy of the state, to be written over: see `state`
         self._away: list[Tensor] = []  # where the optimizer is in host memory, pinned; kept, for it is slow to come by
+
+    def _shared(self, tensors: list[Tensor]) -> Tensor:
+        """Where DeepSpeed lays all its parts of the parameters end to end; they stay there."""
+        self.memory = SharedMemory(sum(tensor.nbytes for tensor in tensors))
+        flat = self.memory.tensor(0, tensors[0].dtype, (sum(tensor.numel() for tensor in tensors),))
+        for tensor, place in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.data = place.copy_(tensor)
+        return flat
 
     # -- collectives on numbers ------------------------------------------------------------------------------
 
@@ -312,6 +327,12 @@ class Learner:
             with deepspeed.zero.GatheredParameters([p for _, p in bucket]):
                 for name, p in bucket:
                     yield _hub_name(name), p.data
+
+    def places(self) -> dict[str, int]:
+        """Where each parameter begins in `memory`."""
+        assert self.memory is not None
+        parameters: Iterable[tuple[str, Any]] = self.module.named_parameters()
+        return {_hub_name(name): self.memory.place(p.ds_tensor.data) for name, p in parameters}
 
     # -- state -----------------------------------------------------------------------------------------------
 

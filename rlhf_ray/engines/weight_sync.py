@@ -79,13 +79,20 @@ class WorkerExtension:
     def refresh_tied_head(self) -> None:
         """Make an output head that shares the embeddings' weights see the new ones.
 
-        On CPU vLLM packs the head's weights for its matmul kernel. A reload brings only the embeddings (tied
-        parameters travel once), and so the packed copy would stay what it was: fluent, and wrong.
+        On CPU vLLM packs the head's weights for its matmul kernel, and those of the embeddings too. A reload brings
+        only the embeddings (tied parameters travel once), and so the head's packed copy would stay what it was:
+        fluent, and wrong. From here on it has that of the embeddings.
         """
-        head: Any = getattr(self.model_runner.get_model(), "lm_head", None)
+        model: Any = self.model_runner.get_model()
+        head: Any = getattr(model, "lm_head", None)
         method: Any = getattr(head, "quant_method", None)
-        if self.model_runner.model_config.hf_text_config.tie_word_embeddings and method is not None:
-            method.process_weights_after_loading(head)
+        if not self.model_runner.model_config.hf_text_config.tie_word_embeddings or method is None:
+            return
+        for layer in model.modules():
+            if layer is not head and getattr(layer, "weight", None) is head.weight and hasattr(layer, "cpu_linear"):
+                head.cpu_linear = layer.cpu_linear
+                return
+        method.process_weights_after_loading(head)
 
     def start_digest(self) -> None:
         """From here on, digest whatever is loaded into the model, whichever wire brings it."""
@@ -220,7 +227,7 @@ class WeightSender:
         rank, world = learner.rank, 1 + engines.workers
         info: TrainerInitInfo
         if backend == "shm":
-            info = ShmTrainerInitInfo(bucket, rank=rank)
+            info = ShmTrainerInitInfo(bucket, learner.memory, learner.places, rank=rank)
         elif backend == "gloo":
             info = GlooTrainerInitInfo(address, port, world, bucket, timeout_s, rank=rank)
         elif backend == "nccl":

@@ -1,4 +1,4 @@
-"""The wire within one host: what the learner writes is what every engine sees, and none of it changes under it.
+"""The wire within one host: what the learner has, or writes, is what every engine sees.
 
 With real engines: end_to_end/test_weight_sync.py.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
+from rlhf_ray.engines.shared_memory import SharedMemory
 from rlhf_ray.engines.wire_shm import ShmInitInfo, ShmReceiver, ShmSender, ShmTrainerInitInfo, places
 
 WEIGHTS = {
@@ -74,11 +75,33 @@ def test_every_engine_holds_what_was_written(bucket_bytes, updates):
     sender = ShmSender.trainer_init(ShmTrainerInitInfo(bucket_bytes, rank=0), client=engines, source=Source(WEIGHTS))
     sender.send_weights()
     assert engines.updates == updates
+    check_held(engines, WEIGHTS)
+
+
+def check_held(engines: Engines, weights: dict[str, Tensor]) -> None:
     for receiver in engines.receivers:
-        assert list(receiver.model.held) == list(WEIGHTS)
-        for name, weight in WEIGHTS.items():
+        assert receiver.model.held.keys() == weights.keys()
+        for name, weight in weights.items():
             found = receiver.model.held[name]
             assert (found.dtype, found.shape) == (weight.dtype, weight.shape) and torch.equal(found, weight)
+
+
+def test_weights_that_are_in_such_memory_are_not_copied():
+    """One update carries all, whatever a bucket holds; engines see the learner's own bytes, which it may change for the
+    next sync."""
+    memory = SharedMemory(256)
+    weights = {"matrix": memory.tensor(0, torch.float32, (4, 5)), "vector": memory.tensor(80, torch.float32, (3,))}
+    for weight in weights.values():
+        weight.copy_(torch.randn(weight.shape))
+    engines, walked = Engines(), Source(weights)
+    sender = ShmSender.trainer_init(
+        ShmTrainerInitInfo(1, memory, lambda: {n: memory.place(w) for n, w in weights.items()}, rank=0),
+        client=engines, source=walked)
+    sender.send_weights()
+    assert engines.updates == 1
+    check_held(engines, weights)
+    weights["matrix"].mul_(2)
+    check_held(engines, weights)
 
 
 def test_the_second_sync_brings_the_new_weights():
@@ -113,15 +136,15 @@ def test_other_ranks_walk_along_and_send_nothing():
     assert seen == list(WEIGHTS) and engines.updates == 0
 
 
-def test_parameters_begin_at_multiples_of_64_bytes_behind_the_key():
-    """32 bytes of key, 240 of the embedding at 64, 4 at 320, 14 at 384, none at 448, 20 at 448."""
+def test_copies_begin_at_multiples_of_64_bytes():
+    """240 bytes of the embedding, 4 at 256, 14 at 320, none at 384, 20 at 384."""
     assert places(Source(WEIGHTS).metadata()) == (
-        {"embedding": 64, "scale": 320, "half": 384, "nothing": 448, "last": 448}, 468)
+        {"embedding": 0, "scale": 256, "half": 320, "nothing": 384, "last": 384}, 404)
 
 
 @pytest.mark.parametrize(("path", "key", "why"), [
-    ("/proc/1/fd/no-such", "00" * 32, "No such file"),
-    (__file__, "00" * 32, "it has another file there"),
+    ("/proc/1/fd/no-such", "00" * 64, "No such file"),
+    (__file__, "00" * 64, "it has another file there"),
 ])
 def test_an_engine_on_another_host_says_what_to_do(path, key, why):
     receiver = ShmReceiver.__new__(ShmReceiver)
