@@ -1,11 +1,10 @@
 """Generators come and go while the run goes on; whoever works has the weights of the version."""
 
 import json
-import os
-import signal
 import time
 from pathlib import Path
 
+from chaos.harness import kill
 from end_to_end.small import earlier_stages, ppo_config
 from rlhf_ray.config.schema import Config
 from rlhf_ray.stages import ppo, scale
@@ -42,8 +41,7 @@ def test_one_more_one_lost_and_one_fewer(ray_session, models, reward_model, tmp_
             elif self.step == 3:
                 come_up(self)  # joins at this one
             elif self.step == 5:
-                member = next(m for m in self.cast.health.members.values() if (m.role, m.index) == (ROLE, 0))
-                os.kill(member.pid, signal.SIGKILL)  # the sync fails, and goes on without it
+                kill(self.cast.group(ROLE).actors[0])  # the sync fails, and goes on without it
             elif self.step == 7:
                 come_up(self)
             elif self.step == 8:

@@ -13,11 +13,10 @@ from statistics import median
 import pytest
 from transformers import AutoModelForCausalLM
 
-from chaos.harness import Fault, chaos, outcome, recovery_times, results, seeded
+from chaos.harness import Fault, chaos, kill, outcome, recovery_times, results, seeded
 from end_to_end.small import TEXTS, WORDS, earlier_stages, ppo_config, small_config
 from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.group import wait
-from rlhf_ray.cluster.health import Member
 from rlhf_ray.core.types import Sample
 from rlhf_ray.data import sources
 from rlhf_ray.data.sentiment import SentimentClassifier
@@ -108,10 +107,6 @@ def test_when_the_attempts_are_used_up_it_says_why_and_can_go_on(ray_session, mo
     assert [row["iteration"] for row in outcome(cfg)[1]] == [1, 2, 3]
 
 
-def kill(member: Member) -> None:
-    os.kill(member.pid, signal.SIGKILL)
-
-
 def test_so_may_a_supervised_learner_and_a_generator_of_compare(ray_session, models, tmp_path, monkeypatch):
     """In the middle of the stage, the learner behind its last step too; what comes out is what comes out without."""
     prompts = tmp_path / "prompts.jsonl"
@@ -131,20 +126,20 @@ def test_so_may_a_supervised_learner_and_a_generator_of_compare(ray_session, mod
 
                 def learning(self, units, learn=learn):
                     if self.step == 5 and not self.recovery.restarts:
-                        kill(next(m for m in self.recovery.cast.health.members.values() if m.index == 1))
+                        kill(self.recovery.cast.group("supervised").actors[1])
                     learn(self, units)
 
                 def dealing(self, method, units, dealt=dealt, measured=measured):
                     if method.__name__ == "evaluate":
                         measured.append(self.step)
                         if len(measured) == 1:
-                            kill(next(m for m in self.recovery.cast.health.members.values() if m.index == 0))
+                            kill(self.recovery.cast.group("supervised").actors[0])
                     return dealt(self, method, units)
 
                 def answering(group, parts, *args, answered=answered):
                     for i, part in enumerate(answered(group, parts, *args)):
                         if i == 1 and len(parts) == 4:  # the first attempt: of five, one is done
-                            os.kill(wait([group.actors[0].describe.remote()], 60, "pid")[0]["pid"], signal.SIGKILL)
+                            kill(group.actors[0])
                         yield part
 
                 patched.setattr(supervised.SupervisedTrainer, "learn", learning)
