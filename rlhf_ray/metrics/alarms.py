@@ -173,16 +173,19 @@ def equal_groups(values: Mapping[str, Any], threshold: float) -> Finding | None:
 
 
 def memory(values: Mapping[str, Any], first: Sequence[Mapping[str, float]], threshold: float) -> Finding | None:
-    """Largest growth of an actor's resident memory over its least in the warm-up: above `threshold`, a factor."""
-    grown = {name: gib / least for name, gib in (values.get("memory_gib") or {}).items()
-             if (least := min((row[name] for row in first if name in row), default=0.0)) > 0}
+    """Largest growth of an actor's resident memory since the end of the warm-up: above `threshold`, a factor.
+
+    Not since its beginning: a first update makes room for gradients and moments, and loading a model may take more.
+    """
+    base = {name: gib for row in first for name, gib in row.items()}
+    grown = {name: gib / base[name] for name, gib in (values.get("memory_gib") or {}).items() if base.get(name)}
     worst = max(grown, key=lambda name: grown[name], default="")
     if not worst or grown[worst] <= threshold:
         return None
     return grown[worst], (
-        f"{worst} holds {values['memory_gib'][worst]:.2f} GiB, {grown[worst]:.2f} times what it began with and beyond "
-        f"alarms.memory.threshold={threshold:g}: it may be leaking, and its node may kill it; look at memory_gib in "
-        "metrics.jsonl, and restart the stage if it goes on (it resumes)"
+        f"{worst} holds {values['memory_gib'][worst]:.2f} GiB, {grown[worst]:.2f} times what it held after the warm-up "
+        f"and beyond alarms.memory.threshold={threshold:g}: it may be leaking, and its node may kill it; look at "
+        "memory_gib in metrics.jsonl, and restart the stage if it goes on (it resumes)"
     )
 
 

@@ -170,14 +170,16 @@ def gib(*held: dict[str, float] | None) -> list[dict[str, Any]]:
     return lines(len(held), memory_gib=lambda i: held[i - 1])
 
 
-def test_memory_is_compared_with_the_least_of_the_warm_up_actor_by_actor():
-    """policy-0: least 1.0, so 1.5 is the limit, and 1.75 is 1.75 times. generator-0: least 2.0, limit 3.0; it grows by
-    more GiB, but only 1.625 times. In the warm-up nothing rings."""
+def test_memory_is_compared_with_the_end_of_the_warm_up_actor_by_actor():
+    """policy-0: 1.0 then, so 1.5 is the limit, and 1.75 is 1.75 times; what loading took before does not count.
+    generator-0: 2.0, limit 3.0; it grows by more GiB, but only 1.625 times; critic-0 had not made room for its first
+    update before. In the warm-up nothing rings."""
     (alarm,) = replay(every_time("memory"), gib(
-        {"policy-0": 4.0, "generator-0": 2.0}, {"policy-0": 1.0, "generator-0": 9.0},
-        {"policy-0": 1.5, "generator-0": 3.0}, {"policy-0": 1.75, "generator-0": 3.25}))
+        {"policy-0": 4.0, "generator-0": 2.0, "critic-0": 0.5}, {"policy-0": 1.0, "generator-0": 2.0, "critic-0": 0.9},
+        {"policy-0": 1.5, "generator-0": 3.0, "critic-0": 0.9},
+        {"policy-0": 1.75, "generator-0": 3.25, "critic-0": 0.9}))
     assert (alarm.name, alarm.iteration, alarm.value) == ("memory", 4, 1.75)
-    assert alarm.message.startswith("policy-0 holds 1.75 GiB, 1.75 times what it began with")
+    assert alarm.message.startswith("policy-0 holds 1.75 GiB, 1.75 times what it held after the warm-up")
 
 
 def test_memory_of_an_actor_that_was_restarted_counts_from_the_first_warm_up():
