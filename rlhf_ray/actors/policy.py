@@ -85,8 +85,10 @@ class PolicyLearner(RLLearner):
     def setup(
         self, where: Rank, path: str, model: ModelConfig, cfg: LearnerConfig, optimizer: OptimizerConfig,
         algorithm: AlgorithmConfig, sampling: Sampling, total_steps: int, ptx: TokenDataset | None, seed: int,
-        timeout_s: float,
+        timeout_s: float, shared: bool = False,
     ) -> None:
+        """shared: engines of this host may map the weights (see Learner)."""
+        self.sender: WeightSender | None = None
         self.leave()
         torch.manual_seed(seed)
         device = join_group(where, cfg.threads, timeout_s)
@@ -96,11 +98,10 @@ class PolicyLearner(RLLearner):
         self.clip = Clip(algorithm.clip_ratio, high, algorithm.dual_clip)
         self.model = load_causal_lm(path, model)
         self.packer = Packer.of(self.model, model)
-        self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device, shared=True)
+        self.learner = Learner(CausalLM(self.model), cfg, optimizer, model.dtype, total_steps, device, shared)
         self.average: dict[str, Tensor] = {}  # EMA of the weights, float32, on rank 0
         self.averaged: dict[str, int] = {}  # up to which version
         self.version = 0
-        self.sender: WeightSender | None = None
 
     def score(self, shards: Sequence[Any]) -> list[OldLogprobs]:
         """Log-probabilities before the update of this rank's shards."""

@@ -148,7 +148,7 @@ class StepReport:
 
 
 class Learner:
-    """Trains `module` on packed micro-batches; every method but `rank` is collective over the group.
+    """Trains `module` on packed micro-batches; every method but `shapes` and `places` is collective over the group.
 
     `total_steps` is the number of optimizer steps of the whole run: the learning-rate schedule counts those. shared:
     on CPU, a single rank has its weights in `memory`, which other processes of the host can map.
@@ -166,8 +166,6 @@ class Learner:
         self.cfg, self.optimizer_cfg, self.total_steps = cfg, optimizer, total_steps
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.steps_done = 0
-        stage3.defragment = self._shared if shared and device.type == "cpu" and self.world_size == 1 \
-            else utils.defragment
         adamw = torch.optim.AdamW(
             [
                 {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
@@ -176,11 +174,17 @@ class Learner:
             lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps,
             fused=True,  # one walk through memory instead of ten
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=adamw,
-            config=_deepspeed_config(cfg, optimizer, dtype, layer_classes(module), self.world_size),
-            dist_init_required=False,
-        )
+        shared = shared and device.type == "cpu" and self.world_size == 1
+        stage3.defragment = self._shared if shared else utils.defragment
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=adamw,
+                config=_deepspeed_config(cfg, optimizer, dtype, layer_classes(module), self.world_size),
+                dist_init_required=False,
+            )
+        finally:
+            stage3.defragment = utils.defragment
+        assert not shared or self.memory, "DeepSpeed lays parameters elsewhere now"
         self.module: nn.Module = self.engine.module
         self.device = device
         self._offloaded = False  # parameters and buffers
@@ -409,7 +413,7 @@ class Learner:
             tensor.data = self._away[i].copy_(tensor, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the copies are whole
-        if everything and not self._offloaded:
+        if everything and not self._offloaded and self.memory is None:
             # DeepSpeed's own way for the optimizer's part wants its FusedAdam.
             self.engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
             self._offloaded = True
@@ -442,6 +446,7 @@ class Learner:
         """Let go of everything; another Learner may take this one's place in the process."""
         self.engine.destroy()
         del self.engine, self.module
+        self.memory = None
         gc.collect()
 
 

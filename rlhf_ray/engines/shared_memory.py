@@ -14,11 +14,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-_KEY_BYTES = 64  # so that what follows is aligned as well as a page's beginning
+_KEY_BYTES = 64  # as many as a line of a processor's cache, so that what follows begins with one
 
 
 class SharedMemory:
-    """Places in it are bytes behind the key. path, size, key (hexadecimal): what another process opens it by."""
+    """Places in it are bytes behind the key. path, size, key (hexadecimal): what another process opens it by.
+
+    What its owner writes all see; what others write they alone see.
+    """
 
     def __init__(self, nbytes: int):
         file = os.memfd_create("rlhf_ray")
@@ -33,8 +36,8 @@ class SharedMemory:
     def opened(cls, path: str, size: int, key: str) -> Self:
         """That of another process. Raises OSError or ValueError if it is not there."""
         found = cls.__new__(cls)
-        with open(path, "r+b") as file:  # noqa: PTH123 - no file that a Path would know how to treat
-            found._memory = mmap.mmap(file.fileno(), size)
+        with open(path, "rb") as file:  # noqa: PTH123 - no file that a Path would know how to treat
+            found._memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         if found._memory[:_KEY_BYTES].hex() != key:
             raise ValueError("it has another file there")
         found.path, found.size, found.key = path, size, key

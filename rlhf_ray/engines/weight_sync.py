@@ -5,7 +5,7 @@
     policy rank 1..n: take part in the gathers, send nothing
 
 Life cycle. `connect` once: rank 0 opens a rendezvous and tells every generator to join it. `push(version)` after
-each update, on all ranks: start_weight_update on every engine, packed buckets, finish_weight_update, which also
+each update, on all ranks: start_weight_update on every engine, its weights, finish_weight_update, which also
 stamps the version, empties the prefix cache and compares a digest of what was sent with one of what each engine
 loaded. `close` at the end.
 
@@ -227,7 +227,8 @@ class WeightSender:
         rank, world = learner.rank, 1 + engines.workers
         info: TrainerInitInfo
         if backend == "shm":
-            info = ShmTrainerInitInfo(bucket, learner.memory, learner.places, rank=rank)
+            shared = (learner.memory, learner.places) if learner.memory else None
+            info = ShmTrainerInitInfo(bucket, shared, rank=rank)
         elif backend == "gloo":
             info = GlooTrainerInitInfo(address, port, world, bucket, timeout_s, rank=rank)
         elif backend == "nccl":

@@ -27,6 +27,7 @@ from rlhf_ray.engines.shared_memory import SharedMemory
 from rlhf_ray.engines.wire import Background, Receiver, Sender, UpdateInfo, buckets, described, drawn, numel
 
 _ALIGNED = 64  # bytes: where a parameter may begin
+_AHEAD = 8  # buckets that are announced and not loaded yet: each has a thread that waits
 
 
 @dataclass
@@ -41,17 +42,16 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmTrainerInitInfo(TrainerInitInfo):
-    """The sender's side. memory: where the weights are from the start, if it is such; places: of them all."""
+    """The sender's side. shared: where the weights are from the start, if they are in such memory, and their places."""
 
     backend: ClassVar[str] = "shm"
     bucket_bytes: int
-    memory: SharedMemory | None = None
-    places: Callable[[], Mapping[str, int]] = dict
+    shared: tuple[SharedMemory, Callable[[], Mapping[str, int]]] | None = None
 
 
 @dataclass
 class ShmUpdateInfo(UpdateInfo):
-    """One bucket: its parameters, and the places where they begin, bytes."""
+    """Parameters that are there, and the places where they begin, bytes."""
 
     places: list[int]
 
@@ -94,8 +94,7 @@ class ShmSender(Sender[ShmTrainerInitInfo]):
     """The learner's side; rank 0 has the memory."""
 
     init_info_cls = ShmTrainerInitInfo
-    _memory: SharedMemory | None = None
-    _places: Callable[[], Mapping[str, int]]
+    _to: tuple[SharedMemory, Callable[[], Mapping[str, int]]] | None = None
     _copies: bool
 
     @classmethod
@@ -105,18 +104,17 @@ class ShmSender(Sender[ShmTrainerInitInfo]):
         assert source is not None, "this wire needs a WeightSource"
         sender = cls(client=client, source=source, is_sender=init_info.is_sender, bucket_bytes=init_info.bucket_bytes)
         if sender.is_sender:
-            memory, sender._places, sender._copies = init_info.memory, init_info.places, init_info.memory is None
-            if memory is None:
-                where, size = places(source.metadata())
-                memory, sender._places = SharedMemory(size), lambda: where
-            sender._memory = memory
+            where, size = places(source.metadata())
+            sender._copies = init_info.shared is None
+            memory, _ = sender._to = init_info.shared or (SharedMemory(size), lambda: where)
             client.init_weight_transfer_engine(asdict(
                 ShmInitInfo(memory.path, memory.size, memory.key, socket.gethostname())))
         return sender
 
     def _send(self, meta: list[ParamMeta], weights: Iterator[tuple[str, Tensor]]) -> None:
-        memory, where, loading = self._memory, self._places(), list[Background]()
-        assert memory is not None, "a sender that was shut down"
+        assert self._to, "a sender that was shut down"
+        memory, places_now = self._to
+        where, loading = places_now(), list[Background]()
 
         def load(some: list[ParamMeta]) -> None:
             info = {**described(some), "places": [where[m.name] for m in some]}
@@ -130,10 +128,12 @@ class ShmSender(Sender[ShmTrainerInitInfo]):
                     memory.tensor(where[m.name], m.dtype, m.shape).copy_(tensor)
             for earlier in loading:
                 earlier.check()
+            if len(loading) == _AHEAD:
+                loading.pop(0).join()
             if self._copies:
                 load(bucket)
         for earlier in loading:
             earlier.join()
 
     def shutdown(self) -> None:
-        self._memory = None
+        self._to = None

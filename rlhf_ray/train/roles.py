@@ -99,7 +99,8 @@ def policy_learners(cast: Cast, cfg: Config, path: str, steps: int, ptx: Any) ->
     sampling = Sampling(r.temperature, r.samples_per_prompt, r.max_response_tokens)
     return cast.start(
         PolicyLearner, "policy",
-        [(rank, path, cfg.model, p, cfg.ppo.policy_optimizer, cfg.algorithm, sampling, steps, ptx, cfg.seed, timeout)
+        [(rank, path, cfg.model, p, cfg.ppo.policy_optimizer, cfg.algorithm, sampling, steps, ptx, cfg.seed, timeout,
+          sync_backend(cfg) == "shm")
          for rank in learner_ranks(cast, "policy", p.ranks)],
         p.threads,
     )

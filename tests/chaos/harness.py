@@ -17,7 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from rlhf_ray.cluster.group import wait
-from rlhf_ray.cluster.health import Member
+from rlhf_ray.cluster.health import HEALTH, Member
 from rlhf_ray.config.schema import Config
 from rlhf_ray.stages import ppo
 from rlhf_ray.train.ppo import PPOTrainer
@@ -30,7 +30,8 @@ CLOCKED = ("seconds", "tokens_per_second", "role_tokens_per_second", "waiting_ca
 
 def kill(actor: Any) -> None:
     """End it as the kernel would, now. Asks for its number: where all goes fast, nobody has yet, and 0 would be us."""
-    os.kill(wait([actor.describe.remote()], 60, "describe")[0]["pid"], signal.SIGKILL)
+    who = actor.describe.options(concurrency_group=HEALTH).remote()  # beside its work
+    os.kill(wait([who], 60, "describe")[0]["pid"], signal.SIGKILL)
 
 
 @dataclass

@@ -1,7 +1,8 @@
-"""Memory of two processes: what one writes the other sees, and nobody takes it for another's."""
+"""Memory of two processes: what its owner writes the other sees, and nobody takes it for another's."""
 
 import gc
 import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -10,17 +11,29 @@ import torch
 from rlhf_ray.engines.shared_memory import SharedMemory
 
 
-def double(path: str, size: int, key: str) -> None:
-    SharedMemory.opened(path, size, key).tensor(64, torch.float32, (2, 3)).mul_(2)
+def look(path: str, size: int, key: str, told: Connection) -> None:
+    there = SharedMemory.opened(path, size, key).tensor(64, torch.float32, (3,))
+    for _ in range(2):
+        told.recv()
+        told.send(there.tolist())
+    there.zero_()
+    told.send(there.tolist())
 
 
-def test_another_process_reads_and_writes_it() -> None:
+def test_another_process_sees_what_the_owner_writes_and_changes_nothing() -> None:
     memory = SharedMemory(1000)
-    mine = memory.tensor(64, torch.float32, (2, 3)).copy_(torch.arange(6.0).view(2, 3))
-    other = multiprocessing.get_context("spawn").Process(target=double, args=(memory.path, memory.size, memory.key))
+    mine = memory.tensor(64, torch.float32, (3,))
+    here, there = multiprocessing.Pipe()
+    other = multiprocessing.get_context("spawn").Process(
+        target=look, args=(memory.path, memory.size, memory.key, there))
     other.start()
+    for values in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
+        mine.copy_(torch.tensor(values))
+        here.send("look")
+        assert here.recv() == values
+    assert here.recv() == [0.0, 0.0, 0.0]
     other.join()
-    assert torch.equal(mine, 2 * torch.arange(6.0).view(2, 3))
+    assert mine.tolist() == [4.0, 5.0, 6.0]
 
 
 def test_a_view_says_where_it_begins() -> None:

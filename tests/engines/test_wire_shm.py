@@ -95,7 +95,7 @@ def test_weights_that_are_in_such_memory_are_not_copied():
         weight.copy_(torch.randn(weight.shape))
     engines, walked = Engines(), Source(weights)
     sender = ShmSender.trainer_init(
-        ShmTrainerInitInfo(1, memory, lambda: {n: memory.place(w) for n, w in weights.items()}, rank=0),
+        ShmTrainerInitInfo(1, (memory, lambda: {n: memory.place(w) for n, w in weights.items()}), rank=0),
         client=engines, source=walked)
     sender.send_weights()
     assert engines.updates == 1
