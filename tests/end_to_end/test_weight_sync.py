@@ -94,6 +94,23 @@ def test_nothing_that_old_weights_computed_is_reused(ray_session, models):
         assert gap(reference, models[1], rollouts(generators, 1)) < 1e-5
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_policy_that_was_away_from_its_device_is_synced(ray_session, models, ranks):
+    """Engines have what the learners have, whether they map the learner's memory (one rank) or copies (two)."""
+    cfg = small_config(models[1])
+    cfg.roles.policy.ranks = ranks
+    with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
+        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
+        policy = roles.policy_learners(cast, cfg, models[1], 1, None)
+        reference = roles.reference_models(cast, cfg, models[1])
+        cast.ready()
+        connect(cast, policy, generators)
+        for version in (1, 2):
+            policy.call(PolicyLearner.offload, True)
+            policy.call(PolicyLearner.push, version)
+        assert gap(reference, models[1], rollouts(generators, 2)) < 1e-5
+
+
 def test_synced_weights_equal_the_same_weights_loaded_from_disk(ray_session, untied_models):
     """Greedy tokens are identical, log-probabilities of sampled ones agree to 1e-5 each, seeds being the same.
 
