@@ -1,9 +1,9 @@
 """Memory of two processes: what its owner writes the other sees, and nobody takes it for another's."""
 
 import gc
-import multiprocessing
-from multiprocessing.connection import Connection
+import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import pytest
 import torch
@@ -11,28 +11,32 @@ import torch
 from rlhf_ray.engines.shared_memory import SharedMemory
 
 
-def look(path: str, size: int, key: str, told: Connection) -> None:
-    there = SharedMemory.opened(path, size, key).tensor(64, torch.float32, (3,))
-    for _ in range(2):
-        told.recv()
-        told.send(there.tolist())
-    there.zero_()
-    told.send(there.tolist())
+OTHER = """
+import sys
+import torch
+from rlhf_ray.engines.shared_memory import SharedMemory
+
+path, size, key = sys.argv[1:]
+there = SharedMemory.opened(path, int(size), key).tensor(64, torch.float32, (3,))
+for _ in sys.stdin:
+    print(there.tolist(), flush=True)
+there.zero_()
+print(there.tolist())
+"""
 
 
 def test_another_process_sees_what_the_owner_writes_and_changes_nothing() -> None:
     memory = SharedMemory(1000)
     mine = memory.tensor(64, torch.float32, (3,))
-    here, there = multiprocessing.Pipe()
-    other = multiprocessing.get_context("spawn").Process(
-        target=look, args=(memory.path, memory.size, memory.key, there))
-    other.start()
-    for values in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
-        mine.copy_(torch.tensor(values))
-        here.send("look")
-        assert here.recv() == values
-    assert here.recv() == [0.0, 0.0, 0.0]
-    other.join()
+    with Popen([sys.executable, "-c", OTHER, memory.path, str(memory.size), memory.key], stdin=PIPE, stdout=PIPE,
+               text=True) as other:
+        assert other.stdin and other.stdout
+        for values in ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0]):
+            mine.copy_(torch.tensor(values))
+            print("look", file=other.stdin, flush=True)
+            assert other.stdout.readline() == f"{values}\n"
+        other.stdin.close()
+        assert other.stdout.read() == "[0.0, 0.0, 0.0]\n"
     assert mine.tolist() == [4.0, 5.0, 6.0]
 
 
