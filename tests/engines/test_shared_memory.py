@@ -10,7 +10,6 @@ import torch
 
 from rlhf_ray.engines.shared_memory import SharedMemory
 
-
 OTHER = """
 import sys
 import torch
