@@ -64,6 +64,6 @@ def test_nothing_grows(ray_session, models, reward_model, tmp_path):
                           "processes": table, "objects_in_store": stored, "objects_at_the_end": left})
     for name, row in table.items():
         assert row["growth"] < 0.02, name
-        assert row["files"][1] <= row["files"][0], name
+        assert row["files"][1] <= row["files"][0] + 1, name  # one connection may be made late; it is one, however long
     assert max(stored[10:]) <= 2 * max(stored[:10])  # they are let go a moment after an iteration
     assert left == 0
