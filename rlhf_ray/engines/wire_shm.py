@@ -94,7 +94,7 @@ class ShmSender(Sender[ShmTrainerInitInfo]):
     """The learner's side; rank 0 has the memory."""
 
     init_info_cls = ShmTrainerInitInfo
-    _to: tuple[SharedMemory, Callable[[], Mapping[str, int]]] | None = None
+    _to: tuple[SharedMemory, Callable[[], Mapping[str, int]]] | None = None  # and where each parameter is in it
     _copies: bool
 
     @classmethod
