@@ -196,8 +196,8 @@ class AlarmMonitor:
     """Looks at every iteration once and remembers what the alarms compare over iterations.
 
     An alarm that rang stays silent for `cooldown` further iterations; one whose action is `off` never rings. The
-    baselines of `entropy` and `length` are means over the first `warmup_iterations` that the monitor saw; both are
-    silent until then.
+    baselines of `entropy` and `length` are means over the first `warmup_iterations` that the monitor saw, that of
+    `memory` is what each actor held at their end; all three are silent until then.
     """
 
     def __init__(self, cfg: AlarmsConfig) -> None:

@@ -48,9 +48,9 @@ def connect(cast, policy, generators, bucket_mib=64.0, wire="shm") -> None:
     policy.call(PolicyLearner.connect, generators.actors, 1, wire, cast.meeting_point("policy"), bucket_mib, 60.0)
 
 
-def check_push(cfg, engine_start: str, wire: str, bucket_mib: float, limit: float) -> None:
+def check_push(cfg, engine_start: str, wire: str, bucket_mib: float, limit: float, away: bool = False) -> None:
     """Before pushes the engines' log-probabilities are those of the model that they started from, afterwards those of
-    the learners' model (cfg.model.path), to `limit` nats per token."""
+    the learners' model (cfg.model.path), to `limit` nats per token. away: learners leave their device before each."""
     learner_start = cfg.model.path
     with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
         generators = roles.generators(cast, cfg, engine_start, ray.put(PROMPTS), wire)
@@ -60,6 +60,8 @@ def check_push(cfg, engine_start: str, wire: str, bucket_mib: float, limit: floa
         assert gap(reference, engine_start, rollouts(generators, 0)) < limit
         connect(cast, policy, generators, bucket_mib, wire)
         for version in (6, 7):
+            if away:
+                policy.call(PolicyLearner.offload, True)
             policy.call(PolicyLearner.push, version)
         batches = rollouts(generators, 7)
         assert gap(reference, learner_start, batches) < limit
@@ -99,16 +101,7 @@ def test_a_policy_that_was_away_from_its_device_is_synced(ray_session, models, r
     """Engines have what the learners have, whether they map the learner's memory (one rank) or copies (two)."""
     cfg = small_config(models[1])
     cfg.roles.policy.ranks = ranks
-    with Cast(roles.layout_of(cfg, ["policy", "generator", "reference"]), cfg.cluster) as cast:
-        generators = roles.generators(cast, cfg, models[0], ray.put(PROMPTS), "shm")
-        policy = roles.policy_learners(cast, cfg, models[1], 1, None)
-        reference = roles.reference_models(cast, cfg, models[1])
-        cast.ready()
-        connect(cast, policy, generators)
-        for version in (1, 2):
-            policy.call(PolicyLearner.offload, True)
-            policy.call(PolicyLearner.push, version)
-        assert gap(reference, models[1], rollouts(generators, 2)) < 1e-5
+    check_push(cfg, models[0], "shm", 64.0, 1e-5, away=True)
 
 
 def test_synced_weights_equal_the_same_weights_loaded_from_disk(ray_session, untied_models):
