@@ -413,7 +413,7 @@ class Learner:
             tensor.data = self._away[i].copy_(tensor, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # the copies are whole
-        if everything and not self._offloaded and self.memory is None:
+        if everything and not self._offloaded and self.memory is None:  # `memory` is host memory
             # DeepSpeed's own way for the optimizer's part wants its FusedAdam.
             self.engine.offload_states(include=[State.lp_params, State.lp_grads, State.contiguous_grad_buffer])
             self._offloaded = True
