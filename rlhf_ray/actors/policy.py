@@ -111,7 +111,8 @@ class PolicyLearner(RLLearner):
 
         def pass_(rows: PackedRows) -> Tensor:
             chosen = next(wanted, torch.ones_like(rows.ids, dtype=torch.bool)).to(rows.ids.device)
-            return torch.stack(self.learner.engine(rows, chosen, self.sampling.temperature))
+            result: Tensor = self.learner.engine(rows, chosen, self.sampling.temperature)
+            return result
 
         outputs = iter(self.learner.forward([rows for _, batches in packed for rows in batches], pass_))
         scored = []

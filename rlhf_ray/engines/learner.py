@@ -300,9 +300,8 @@ class Learner:
     def any_output(self, rows: PackedRows) -> Tensor:
         """A forward pass like the others, whatever the kind of module."""
         wanted = (torch.ones_like(rows.ids, dtype=torch.bool), 1.0) if isinstance(self.module, CausalLM) else ()
-        output = self.engine(rows, *wanted)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        output: Tensor = self.engine(rows, *wanted)
+        return output
 
     # -- weights ---------------------------------------------------------------------------------------------
 

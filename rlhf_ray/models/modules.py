@@ -6,6 +6,7 @@ forward pass touches belongs to a child module that is *called*: that is what Ze
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_ray.core.logprobs import token_logprobs
@@ -19,10 +20,10 @@ class LogprobHead(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, self.weight, targets, temperature, entropy_grad)
+    def forward(self, hidden: Tensor, targets: Tensor, temperature: float, entropy_grad: bool) -> Tensor:
+        # One tensor, for before a module's backward pass DeepSpeed's hook runs once for each tensor that has gradients:
+        # ranks whose losses use entropies, or do not, would gather a tied weight more often, or less.
+        return torch.stack(token_logprobs(hidden, self.weight, targets, temperature, entropy_grad))
 
 
 class ScalarHead(nn.Module):
@@ -44,17 +45,15 @@ class CausalLM(nn.Module):
         self.model: Any = model
         self.model.lm_head = LogprobHead(model.get_output_embeddings().weight)
 
-    def forward(
-        self, rows: PackedRows, wanted: Tensor, temperature: float, entropy_grad: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """wanted bool [R, L] -> (log-probabilities, entropies) float32 [wanted.sum()].
+    def forward(self, rows: PackedRows, wanted: Tensor, temperature: float, entropy_grad: bool = False) -> Tensor:
+        """wanted bool [R, L] -> float32 [2, wanted.sum()]: log-probabilities, entropies.
 
         The entry of a token is log p(token | those before it in its sequence), logits divided by `temperature`.
         The first token of a sequence has nothing before it: its entry is meaningless, do not want it.
         """
-        logprobs, entropies = self.model.lm_head(
+        found: Tensor = self.model.lm_head(
             rows.before(_hidden_states(self.model, rows))[wanted], rows.ids[wanted], temperature, entropy_grad)
-        return logprobs, entropies
+        return found
 
 
 class ScalarModel(nn.Module):

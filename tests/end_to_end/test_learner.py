@@ -101,10 +101,11 @@ ALGORITHMS = {
 
 
 @pytest.mark.parametrize(("name", "variants"), [
-    ("ppo", [(1, "4+4"), (1, "1x8"), (2, "8")]), ("grpo", [(1, "1x8"), (2, "8")]), ("rloo", [(1, "1x8"), (2, "4+4")]),
+    ("ppo", [(1, "4+4"), (1, "1x8"), (2, "8"), (2, "4+4")]), ("grpo", [(1, "1x8"), (2, "8")]), ("rloo", [(1, "1x8"), (2, "4+4")]),
 ])
 def test_ranks_and_micro_batches_do_not_change_the_update(ray_session, models, tmp_path, name, variants):
-    """Micro-batch 8 = 4 + 4 = 1 x 8, so accumulation 1 = 2; packed = one sequence at a time; one rank = two."""
+    """Micro-batch 8 = 4 + 4 = 1 x 8, so accumulation 1 = 2; packed = one sequence at a time; one rank = two, also where
+    one of the two has a micro-batch more."""
     algorithm = ALGORITHMS[name]
     whole, report = updated_policy(models[0], tmp_path / "whole", **algorithm)
     before = load_file(f"{models[0]}/model.safetensors")
