@@ -40,7 +40,7 @@ def test_a_name_that_nobody_knows_is_an_error(monkeypatch):
 
 
 GROUPS = """
-import os, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 from rlhf_ray.engines.gloo import share_devices
 if {shared}:
     share_devices()
@@ -50,6 +50,7 @@ for group in groups:
     one = torch.ones(1)
     dist.all_reduce(one, group=group)
     assert one.item() == 1.0
+time.sleep(1)  # a thread has its name when it first runs
 tasks = ["/proc/self/task/" + task + "/comm" for task in os.listdir("/proc/self/task")]
 print(sum(open(task).read().startswith("gloo_tcp_loop") for task in tasks))
 """
