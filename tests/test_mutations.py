@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 # name -> (file, what it says, what is planted, the test that must notice)
 PLANTS = {
     "temperature ignored in one pass": (
-        "actors/policy.py", "engine(rows, chosen, self.sampling.temperature))", "engine(rows, chosen, 1.0))",
+        "actors/policy.py", "engine(rows, chosen, self.sampling.temperature)", "engine(rows, chosen, 1.0)",
         "tests/end_to_end/test_weight_sync.py::test_the_gate_after_the_first_sync"),
     "a tied head sent stale": (
         "engines/weight_sync.py", "                head.cpu_linear = layer.cpu_linear\n", "",

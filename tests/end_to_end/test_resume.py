@@ -158,6 +158,7 @@ def test_supervised_stages_go_on_exactly(stage, ray_session, models, files, tmp_
 
     def learning(self, units):
         if self.step == 3 and not out.exists():
+            self.saver.finish()  # else files would be renamed while they are copied
             shutil.copytree(plain, out, symlinks=True)
         resumed = self.saver.checkpoints.directory.is_relative_to(out)
         if stage == "sft" and self.step == 6 and resumed and not terminated:
