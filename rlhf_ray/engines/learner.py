@@ -241,6 +241,9 @@ class Learner:
             for i in range(count):
                 rows = batches[i] if i < len(batches) else one_token_rows()
                 outputs.append(pass_(rows.to(self.device)).cpu())
+        # Of models so large that layers are let go before their turn comes again, DeepSpeed has by now begun to gather
+        # those that a backward pass would want first. None comes, and a walk over the weights may not meet them so.
+        self.engine.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         return outputs[: len(batches)]
 
     def step(self, *groups: Sequence[MicroBatch]) -> StepReport:

@@ -11,7 +11,8 @@ from end_to_end.small import small_config
 from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import PolicyLearner
 from rlhf_ray.cluster.cast import Cast
-from rlhf_ray.core.types import CriticBatch, PolicyBatch, TokenDataset, Window
+from rlhf_ray.core.types import CriticBatch, PolicyBatch, RolloutBatch, TokenDataset, Window
+from rlhf_ray.engines import learner
 from rlhf_ray.train import roles
 
 N, PROMPT = 16, 6
@@ -59,11 +60,11 @@ def blocks() -> TokenDataset:
 
 
 def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, steps=2, turns=False, again=False,
-                   gpus=0.0, **algorithm):
+                   scored=None, gpus=0.0, **algorithm):
     """Weights and report after optimizer steps of eight rollouts, and with ptx two or four text blocks, each.
 
     turns: between the steps the learners leave the device, as where they share it. again: layers are computed again in
-    the backward pass.
+    the backward pass. scored: rollouts whose log-probabilities are asked for before the steps, and after.
     """
     cfg = small_config(path)
     cfg.model.max_length, cfg.model.gradient_checkpointing = 24, again
@@ -76,6 +77,8 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
         policy = roles.policy_learners(cast, cfg, path, 2, ray.put(blocks()))
         cast.ready()
         ref = ray.put(batch or policy_batch())
+        seen = [] if scored is None else [ray.put(scored)]
+        policy.call(PolicyLearner.score, seen)
         text = [np.array([0, 1]), np.array([2, 3, 4, 5])] if cfg.algorithm.ptx else [NONE, NONE]
         windows = [[Window(ALL[:HALF][rank::ranks], text[0][rank::ranks]),
                     Window(ALL[HALF:][rank::ranks], text[1][rank::ranks])][:steps] for rank in range(ranks)]
@@ -89,6 +92,7 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
             policy.call(PolicyLearner.offload, True)  # what is saved is looked for there
         else:
             report = policy.call_each(PolicyLearner.update, [([ref], w, 0.1) for w in windows])[0]
+        policy.call(PolicyLearner.score, seen)
         policy.call(PolicyLearner.save, str(out))
     return load_file(out / "model.safetensors"), report
 
@@ -136,6 +140,34 @@ def test_leaving_the_device_and_coming_back_changes_no_bit(ray_session, models, 
     stays, _ = updated_policy(models[0], tmp_path / "stays", ranks=2, name="ppo")
     leaves, _ = updated_policy(models[0], tmp_path / "leaves", ranks=2, turns=True, name="ppo")
     assert all(np.array_equal(stays[k], leaves[k]) for k in stays)
+
+
+def test_a_large_model_can_be_saved_whatever_was_done_with_it(ray_session, models, tmp_path, monkeypatch):
+    """Also after a pass without gradients, when DeepSpeed has begun to gather what a backward pass would want."""
+
+    class LargePolicy(PolicyLearner):
+        """What DeepSpeed does with a large model, done with a small one: a layer is let go after its turn, and what
+        comes next gathered before its own."""
+
+        def setup(self, *args):
+            config = learner._deepspeed_config
+
+            def large(*args):
+                made = config(*args)
+                made["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 20_000}
+                return made
+
+            learner._deepspeed_config = large
+            super().setup(*args)
+
+    ids, lengths, _ = shape()
+    index, none = np.arange(N), np.zeros(len(ids), dtype=np.float32)
+    rollouts = RolloutBatch(ids, lengths, np.full(N, PROMPT), none, np.zeros(N, dtype=bool), index, index, index, 1)
+    small, report = updated_policy(models[0], tmp_path / "small", 2, CUTS["4+4"], **ALGORITHMS["ppo"])
+    monkeypatch.setattr(roles, "PolicyLearner", LargePolicy)
+    large, other = updated_policy(models[0], tmp_path / "large", 2, CUTS["4+4"], scored=rollouts, **ALGORITHMS["ppo"])
+    assert other == pytest.approx(report, rel=1e-4, abs=1e-6)
+    assert max(float(np.quantile(np.abs(large[k] - small[k]), 0.99)) for k in small) < 2e-5
 
 
 def test_both_gradient_norms_are_those_of_each_loss_alone(ray_session, models, tmp_path):
