@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from rlhf_ray.actors.reader import Reader
 from rlhf_ray.cluster.role import Role
@@ -16,22 +18,38 @@ from rlhf_ray.core.types import RolloutBatch
 from rlhf_ray.models.hub import Packer, load_causal_lm, load_scalar_model, load_tokenizer, score_shift
 from rlhf_ray.models.modules import CausalLM, ScalarModel
 from rlhf_ray.models.processors import use_processors
+from rlhf_ray.models.spread import own_streams, spread
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class _Scorer(Role):
     packer: Packer
 
     def _use(self, cfg: ScorerConfig) -> None:
-        """On CPU every thread has micro-batches of its own, all of them together `micro_batch_tokens`: within one pass
-        threads would wait for each other in every product."""
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        threads = cfg.threads if self.device.type == "cpu" else 1
+        """Every thread has micro-batches of its own, all of them together `micro_batch_tokens`. On CPU threads would
+        wait for each other in every product of one pass; of several GPUs, a thread each, one pass keeps one at work."""
+        gpus = min(torch.cuda.device_count(), max(1, int(cfg.gpus)))
+        self._devices = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
+        self.device = self._devices[0]
         if self.device.type == "cpu":
             use_processors(1)
-        self._threads = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) \
-            if threads > 1 else None
+        threads = cfg.threads if self.device.type == "cpu" else len(self._devices)
+        self._threads = ThreadPoolExecutor(threads, initializer=self._begin_thread) if threads > 1 else None
         self._seconds = 0.0
         self.micro_batch_tokens = max(1, cfg.micro_batch_tokens // threads)
+
+    def _begin_thread(self) -> None:
+        torch.set_num_threads(1)
+        if self.device.type == "cuda":
+            own_streams(self._devices)
+
+    def _placed(self, module: Module) -> Module:
+        """The module where it is to work, in evaluation mode."""
+        if len(self._devices) > 1:
+            spread(module, self._devices)
+            return module.eval()
+        return module.to(self.device).eval()
 
     def stats(self) -> dict[str, float]:
         """Since the last call of stats: retries (there are none) and seconds of work on rollouts."""
@@ -65,7 +83,7 @@ class RewardModel(_Scorer, Reader):
         self._use(cfg)
         found = load_scalar_model(path, model)
         self.packer = Packer.of(found, model)
-        self.module = ScalarModel(found, score_shift(path)).to(self.device).eval()
+        self.module = self._placed(ScalarModel(found, score_shift(path)))
         self.tokenizer = load_tokenizer(path)
 
     def scores(self, rollout: RolloutBatch) -> np.ndarray:
@@ -107,7 +125,7 @@ class ReferenceModel(_Scorer):
         self.module = None  # one at a time in memory
         found = load_causal_lm(path, self.model)
         self.packer = Packer.of(found, self.model)
-        self.module = CausalLM(found).to(self.device).eval()
+        self.module = self._placed(CausalLM(found))
 
     def logprobs(self, rollout: RolloutBatch, temperature: float) -> np.ndarray:
         """float32 [T]: log p of every response token, 0 on prompt tokens."""

@@ -299,6 +299,10 @@ def _devices(cfg: Config, runs: list[str]) -> Iterator[str]:
     if cfg.cluster.placement == "cpu" and on_gpu:
         keys = ", ".join(f"roles.{role}.gpus={getattr(cfg.roles, role).gpus:g}" for role in dict.fromkeys(on_gpu))
         yield f"cluster.placement=cpu leaves GPUs alone, but {keys}: set them to 0, or cluster.placement=separate"
+    for role in ("reward", "reference"):
+        gpus = getattr(cfg.roles, role).gpus
+        if role in on_gpu and gpus > 1 and gpus != int(gpus):
+            yield f"roles.{role}.gpus={gpus:g} is neither a share of one GPU nor several: set it to {int(gpus)}"
     generator = cfg.roles.generator
     if "generator" in on_gpu and generator.tensor_parallel_size > 1 and generator.gpus != 1:
         yield (f"roles.generator.tensor_parallel_size={generator.tensor_parallel_size} wants whole devices, but "

@@ -94,7 +94,8 @@ class GeneratorConfig:
 class ScorerConfig:
     replicas: int = opt(1, "actors of this role", ge=1)
     cpus: float = opt(1.0, "Ray CPU slots per actor", ge=0)
-    gpus: float = opt(0.0, "GPUs per actor", ge=0, le=1)
+    gpus: float = opt(0.0, "GPUs per actor: a share of one, or several of a node, over which the model's layers are "
+                      "spread", ge=0)
     threads: int = opt(1, "forward passes side by side per actor on CPU, each on a thread", ge=1)
     micro_batch_tokens: int = opt(4096, "tokens of the forward passes side by side", ge=16)
 

@@ -87,6 +87,7 @@ def test_all_range_problems_come_together() -> None:
     (["roles.generator.tensor_parallel_size=2"], ["roles.generator.tensor_parallel_size=2", "roles.generator.gpus=0"]),
     ([*GPUS, "roles.generator.gpus=0.5", "roles.generator.tensor_parallel_size=2"],
      ["roles.generator.tensor_parallel_size=2", "roles.generator.gpus=0.5"]),
+    ([*GPUS, "roles.reference.gpus=2.5"], ["roles.reference.gpus=2.5", "set it to 2"]),
     (["cluster.placement=cpu", "roles.reward.gpus=0.5", "roles.policy.gpus=1"],
      ["cluster.placement=cpu", "roles.reward.gpus=0.5", "roles.policy.gpus=1", "cluster.placement=separate"]),
     (["model.attn_implementation=flash_attention_2"],

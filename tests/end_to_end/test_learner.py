@@ -78,7 +78,8 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
         cast.ready()
         ref = ray.put(batch or policy_batch())
         seen = [] if scored is None else [ray.put(scored)]
-        policy.call(PolicyLearner.score, seen)
+        if seen:
+            policy.call(PolicyLearner.score, seen)
         text = [np.array([0, 1]), np.array([2, 3, 4, 5])] if cfg.algorithm.ptx else [NONE, NONE]
         windows = [[Window(ALL[:HALF][rank::ranks], text[0][rank::ranks]),
                     Window(ALL[HALF:][rank::ranks], text[1][rank::ranks])][:steps] for rank in range(ranks)]
@@ -92,7 +93,8 @@ def updated_policy(path, out, ranks=1, micro_batch_tokens=4096, batch=None, step
             policy.call(PolicyLearner.offload, True)  # what is saved is looked for there
         else:
             report = policy.call_each(PolicyLearner.update, [([ref], w, 0.1) for w in windows])[0]
-        policy.call(PolicyLearner.score, seen)
+        if seen:
+            policy.call(PolicyLearner.score, seen)
         policy.call(PolicyLearner.save, str(out))
     return load_file(out / "model.safetensors"), report
 
