@@ -110,10 +110,11 @@ class CriticLearner(RLLearner):
             refs.append(ray.put(values))
         return refs
 
-    def update(self, batches: Sequence[Any], windows: Sequence[Window]) -> dict[str, float]:
-        """One optimizer step per window on the clipped value loss."""
+    def update(self, batches: Sequence[Any], windows: Sequence[Window]) -> dict[str, Any]:
+        """One optimizer step per window on the clipped value loss. If one was dropped, `critic_fault` says of which
+        gradients."""
         data = self._whole(CriticBatch, batches)
-        report, spread, steps = np.zeros(5), Moments(0.0, 0.0, 0.0), 0
+        report, spread, steps, fault = np.zeros(5), Moments(0.0, 0.0, 0.0), 0, ""
         for window in windows:
             rollouts = self._rows(data, window.rollouts)
             (tokens,) = self.learner.sum(float(rollouts.in_response.sum()))
@@ -127,12 +128,13 @@ class CriticLearner(RLLearner):
             ])
             loss, clipped, squares = self.learner.sum(*sums)
             report += [loss, clipped / tokens, squares, result.grad_norm, result.skipped]
-            steps += 1
+            steps, fault = steps + 1, fault or result.fault
         total = Moments(*self.learner.sum(spread.total, spread.squares, spread.count))
         n = max(1, steps)
         return {"value_loss": report[0] / n, "value_clip_fraction": report[1] / n,
                 "explained_variance": explained_variance(total, float(report[2])),
-                "critic_grad_norm": report[3] / n, "critic_skipped_steps": float(report[4])}
+                "critic_grad_norm": report[3] / n, "critic_skipped_steps": float(report[4])} | \
+            ({"critic_fault": fault} if fault else {})
 
     def _value_loss(
         self, device_rows: PackedRows, rows: PackedRows, data: CriticBatch, tokens: float, sums: np.ndarray

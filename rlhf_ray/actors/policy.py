@@ -179,16 +179,17 @@ class PolicyLearner(RLLearner):
 
     def update(
         self, batches: Sequence[Any], windows: Sequence[Window], kl_coef: float, on_policy: bool = False
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """One optimizer step per window on the algorithm's loss, with KL, entropy and ptx terms where asked for.
 
-        The numbers are means over the windows; a window in which every response is left out makes no step.
+        The numbers are means over the windows; a window in which every response is left out makes no step. If a step
+        was dropped, `policy_fault` says of which gradients.
         on_policy: it is the one step on this batch, so that what it computes are the old log-probabilities; those of
         the batch are the engine's.
         """
         data = self._whole(PolicyBatch, batches)
         totals: dict[str, float] = {}
-        steps = 0
+        steps, fault = 0, ""
         for window in windows:
             rollouts, ptx = self._rows(data, window.rollouts), self._ptx_rows(window.ptx)
             counts = response_counts(rollouts)
@@ -217,9 +218,10 @@ class PolicyLearner(RLLearner):
                 if result.norms:
                     report["rl_grad_norm"], report["ptx_grad_norm"] = result.norms
             totals = {key: totals.get(key, 0.0) + value for key, value in report.items()}
-            steps += 1
+            steps, fault = steps + 1, fault or result.fault
         counted = ("clamped_tokens", "policy_skipped_steps")
-        return {key: value if key in counted else value / steps for key, value in totals.items()}
+        means = {key: value if key in counted else value / steps for key, value in totals.items()}
+        return means | ({"policy_fault": fault} if fault else {})
 
     def _mean(
         self, data: PolicyBatch, counts: np.ndarray, tokens: float, responses: float

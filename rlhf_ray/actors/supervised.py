@@ -56,15 +56,17 @@ class SupervisedLearner(LearnerRole):
         self.packer = Packer.of(self.model, model)
         self.learner = Learner(module, learner, optimizer, model.dtype, total_steps, device)
 
-    def train(self, rows: Sequence[int]) -> dict[str, float]:
-        """One optimizer step on this rank's share of the batch (sequence numbers, or prompt numbers for rankings)."""
+    def train(self, rows: Sequence[int]) -> dict[str, Any]:
+        """One optimizer step on this rank's share of the batch (sequence numbers, or prompt numbers for rankings). If
+        it was dropped, `fault` says of which gradients."""
         batches, denominator = self._batches(rows)
         total = self.learner.sum(denominator)[0]
         sums = [0.0] * 4
         step = self.learner.step(
             [MicroBatch(b, partial(self._loss, extra=e, total=total, sums=sums)) for b, e in batches],
         )
-        return {"grad_norm": step.grad_norm, "lr": step.lr, "skipped": float(step.skipped)} | self._summed(sums)
+        return {"grad_norm": step.grad_norm, "lr": step.lr, "skipped": float(step.skipped)} | self._summed(sums) \
+            | ({"fault": step.fault} if step.fault else {})
 
     def evaluate(self, rows: Sequence[int]) -> dict[str, float]:
         """Mean loss on this rank's share and all others'; for rankings also correctly ordered pairs, and all pairs."""

@@ -12,6 +12,7 @@ over ranks; the loss is multiplied by the world size to undo that.
 import gc
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,13 +139,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """grad_norm: before clipping; skipped: it was not finite; norms: that of each group of micro-batches alone, none
-    with an offloaded optimizer, where DeepSpeed shows gradients only after the last micro-batch."""
+    """grad_norm: before clipping; skipped: it was not finite, and `fault` says of which parameters; norms: that of each
+    group of micro-batches alone, none with an offloaded optimizer, where DeepSpeed shows gradients only after the last
+    micro-batch."""
 
     grad_norm: float
     lr: float
     skipped: bool
     norms: list[float]
+    fault: str = ""
 
 
 class Learner:
@@ -186,6 +189,8 @@ class Learner:
             stage3.defragment = utils.defragment
         assert not shared or self.memory, "DeepSpeed lays parameters elsewhere now"
         self.module: nn.Module = self.engine.module
+        self._finite: list[bool] = []  # the gradients of this rank's parts of each parameter, in the last dropped step
+        self._note_drops()
         self.device = device
         self._offloaded = False  # parameters and buffers
         self._host: dict[str, Tensor] = {}  # the newest copy of the state, to be written over: see `state`
@@ -281,8 +286,28 @@ class Learner:
         self.engine.step()
         self.steps_done += 1
         norm = float(self.engine.get_global_grad_norm())
-        return StepReport(norm, lr, not math.isfinite(norm),
-                          norms if several else [norm if c else 0.0 for c in counts])
+        skipped = not math.isfinite(norm)
+        return StepReport(norm, lr, skipped, norms if several else [norm if c else 0.0 for c in counts],
+                          self._fault() if skipped else "")
+
+    def _note_drops(self) -> None:
+        """Look at the gradients of a step that is not finite before DeepSpeed throws them away."""
+        from deepspeed.utils import safe_get_local_grad
+
+        zero = self.engine.optimizer
+        clean_up = zero._overflow_clean_up
+
+        def noting(prev_scale: float) -> None:
+            self._finite = [bool(safe_get_local_grad(p).isfinite().all()) for p in self.module.parameters()]
+            clean_up(prev_scale)
+
+        zero._overflow_clean_up = noting
+
+    def _fault(self) -> str:
+        """Whose gradients were not finite on any rank. Collective."""
+        broken = self.sum(*(float(not finite) for finite in self._finite))
+        names = [_hub_name(name) for name, _ in self.module.named_parameters()]
+        return where_broken([name for name, ranks in zip(names, broken, strict=True) if ranks], len(names))
 
     def _gradients(self) -> list[Tensor]:
         """Copies of this rank's parts of the gradients accumulated so far."""
@@ -450,6 +475,19 @@ class Learner:
         del self.engine, self.module
         self.memory = None
         gc.collect()
+
+
+def where_broken(names: Sequence[str], total: int) -> str:
+    """Of `total` parameters those whose gradients are not finite, in the model's order, for a person: how many, and the
+    last layer with any, to which the backward pass came first."""
+    if not names:
+        return "no parameter by itself, but the norm of all"
+    layer = re.match(r".*?\.\d+\.", names[-1])
+    if layer is None:
+        return f"{len(names)} of {total} parameters, and backwards first {names[-1]}"
+    group = [name.removeprefix(layer[0]) for name in names if name.startswith(layer[0])]
+    more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+    return f"{len(names)} of {total} parameters, and backwards first {layer[0][:-1]} ({', '.join(group[:3])}{more})"
 
 
 def _hub_name(name: str) -> str:

@@ -152,8 +152,9 @@ def nonfinite(values: Mapping[str, Any], threshold: float) -> Finding | None:
         return None
     return skipped[role], (
         f"{skipped[role]:g} optimizer steps of the {role} were skipped in this iteration, above "
-        f"alarms.nonfinite.threshold={threshold:g}, for gradients that were not finite: a loss overflows; lower "
-        f"ppo.{role}_optimizer.lr or set model.dtype=float32"
+        f"alarms.nonfinite.threshold={threshold:g}: gradients were not finite"
+        f"{f', of {fault}' if (fault := values.get(f'{role}_fault')) else ''}; lower ppo.{role}_optimizer.lr or set "
+        "model.dtype=float32"
     )
 
 

@@ -31,6 +31,7 @@ from rlhf_ray.train.roles import layout_of, learner_ranks
 
 T = TypeVar("T")
 Resume = Callable[[int], tuple[Checkpoints, Checkpoint | None]]
+MOST_DROPPED = 10  # optimizer steps in a row
 START: dict[str, Any] = {"step": 0, "last": {}, "metrics": 0}  # the driver's state; metrics: bytes of metrics.jsonl
 
 
@@ -106,6 +107,7 @@ class SupervisedTrainer:
         self.recovery = Recovery(cast, [group], self.saver, cfg.cluster.attempts, connect=lambda: None,
                                  roll_back=self.roll_back)
         self.begun, self.step, self.started = False, 0, time.monotonic()
+        self.dropped = 0  # optimizer steps in a row, up to the last one
         self.last, self.val = dict[str, float](), dict[str, float]()  # of the last optimizer step, of the validation
         self.actors: list[ActorInfo] = []  # as they came up
         self._saved_at = self.started
@@ -169,10 +171,25 @@ class SupervisedTrainer:
             if "margin_sum" in result:
                 result["margin"] = result["margin_sum"] / result["pairs"]
         self.step, self.last = self.step + 1, result
+        self.look_at_drop(result)
         now = time.monotonic()
         self.log.add(json_lines({"step": self.step, **result, "seconds": now - self.started}))
         speed = float(self.task.weights[units].sum()) / (now - begun)
         self.listeners.log(self.step, {**result, "tokens_per_second": speed})
+
+    def look_at_drop(self, result: Mapping[str, Any]) -> None:
+        """Say it of a step that was dropped, the first of a row; raises UserError if all of a row were, for the weights
+        stay as they are."""
+        self.dropped = self.dropped + 1 if result["skipped"] else 0
+        if not self.dropped:
+            return
+        name, last = self.task.name, self.dropped == min(MOST_DROPPED, self.steps)
+        why = (f"gradients were not finite, of {result['fault']}; lower {name}.optimizer.lr or set "
+               "model.dtype=float32")
+        if last:
+            raise UserError(f"{name}: {self.dropped} optimizer steps in a row were dropped: {why}")
+        if self.dropped == 1:
+            console.print(f"{name}: optimizer step {self.step} was dropped: {why}", markup=False)
 
     def shown(self) -> str:
         """The last step for a person."""

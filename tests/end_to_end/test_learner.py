@@ -186,7 +186,29 @@ def test_a_step_that_is_not_finite_is_dropped_by_all_ranks_and_counted(ray_sessi
     weights, report = updated_policy(models[0], tmp_path / "inf", 2, batch=policy_batch(advantage=float("inf")))
     before = load_file(f"{models[0]}/model.safetensors")
     assert report["policy_skipped_steps"] == 2
+    assert report["policy_fault"] == "20 of 20 parameters, and backwards first model.norm.weight"
     assert all(np.array_equal(weights[k], before[k]) for k in weights)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_dropped_step_says_where_gradients_were_first_not_finite(
+    ray_session, models, tmp_path, monkeypatch, offload
+):
+    """In the last layer what goes back into the queries is NaN: broken are their weights, the norm before them, and all
+    of the nine parameters of the first layer and the embeddings."""
+
+    class BrokenPolicy(PolicyLearner):
+        def setup(self, *args):
+            args[3].offload_optimizer = offload
+            super().setup(*args)
+            queries = self.model.model.layers[1].self_attn.q_proj
+            queries.register_full_backward_pre_hook(lambda _, grads: tuple(grad * math.nan for grad in grads))
+
+    monkeypatch.setattr(roles, "PolicyLearner", BrokenPolicy)
+    _, report = updated_policy(models[0], tmp_path / "broken", 2, CUTS["4+4"], **ALGORITHMS["ppo"])
+    assert report["policy_skipped_steps"] == 2 and math.isfinite(report["policy_loss"])
+    assert report["policy_fault"] == ("12 of 20 parameters, and backwards first model.layers.1 "
+                                      "(self_attn.q_proj.weight, input_layernorm.weight)")
 
 
 def updated_critic(path, ranks=1, micro_batch_tokens=4096, rounds=1):

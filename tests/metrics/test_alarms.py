@@ -165,6 +165,13 @@ def test_skipped_steps_are_tolerated_up_to_the_threshold_with_the_norm_that_belo
     assert rings(cfg, uncounted) == [("nonfinite", 1)]
 
 
+def test_skipped_steps_say_which_gradients_were_not_finite():
+    skipped = lines(1, critic_skipped_steps=1.0, critic_fault="3 of 20 parameters, and backwards first layers.1 (norm)")
+    (alarm,) = replay(AlarmsConfig(), skipped)
+    assert "gradients were not finite, of 3 of 20 parameters, and backwards first layers.1 (norm); lower " \
+        "ppo.critic_optimizer.lr" in alarm.message
+
+
 def gib(*held: dict[str, float] | None) -> list[dict[str, Any]]:
     """An iteration per entry: resident memory by actor."""
     return lines(len(held), memory_gib=lambda i: held[i - 1])

@@ -27,6 +27,7 @@ MAKERS = {
 }
 SUPERVISED_MAKERS = {"actors/supervised.py": ["train", "_summed"], "train/supervised.py": ["learn"]}
 NOT_OF_AN_ITERATION = {"iteration", "running"}  # the recorder adds them
+IN_WORDS = {"policy_fault", "critic_fault"}  # of steps that were dropped, which are counted
 
 VALUES = {
     "iteration": 3, "score": np.float32(0.5), "score_2": 0.25, "judge_score": None, "entropy": math.nan,
@@ -56,7 +57,7 @@ def written_keys(of: dict[str, list[str]]) -> set[str]:
 
 
 def test_the_table_knows_every_key_and_no_other() -> None:
-    assert written_keys(MAKERS) | NOT_OF_AN_ITERATION == set(TABLE)
+    assert written_keys(MAKERS) - IN_WORDS | NOT_OF_AN_ITERATION == set(TABLE)
     assert set(SUPERVISED) <= written_keys(SUPERVISED_MAKERS) | {"running"}
 
 

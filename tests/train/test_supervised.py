@@ -125,7 +125,7 @@ def test_every_unit_goes_to_one_rank(ranks: int) -> None:
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
     made = Script(tmp_path / "checkpoints", monkeypatch, ranks={"supervised": 1})
-    made.answers = {"train": {"loss": 0.5, "pairs": 0.0}, "evaluate": {"loss": 0.25}}
+    made.answers = {"train": {"loss": 0.5, "pairs": 0.0, "skipped": 0.0}, "evaluate": {"loss": 0.25}}
     return made
 
 
@@ -200,6 +200,34 @@ def test_a_measurement_that_goes_wrong_costs_no_step(script: Script, log: Log) -
         evaluated(trainer(script, log))
     found = script.checkpoints.newest()
     assert found is not None and found.step == 3
+
+
+def dropped(script: Script, trained: SupervisedTrainer, *drops: float) -> None:
+    """Learn as many steps, dropped or not."""
+    for skipped in drops:
+        script.answers["train"] = {"loss": 0.5, "pairs": 0.0, "skipped": skipped, "fault": "1 of 20 parameters"}
+        trained.learn(np.array([0]))
+
+
+def test_of_dropped_steps_the_first_of_a_row_is_told(
+    script: Script, log: Log, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = trainer(script, log)
+    trained.steps = 1000
+    dropped(script, trained, 0, *[1] * 9, 0, 1)
+    told = [line for line in capsys.readouterr().out.replace("\n", " ").split("sft: ") if line.strip()]
+    assert [line.split(":")[0] for line in told] == ["optimizer step 2 was dropped", "optimizer step 12 was dropped"]
+    assert "not finite, of 1 of 20 parameters; lower sft.optimizer.lr or set model.dtype=float32" in told[0]
+
+
+@pytest.mark.parametrize(("steps", "most"), [(1000, 10), (3, 3)])
+def test_a_row_of_dropped_steps_or_all_of_them_end_the_stage(script: Script, log: Log, steps: int, most: int) -> None:
+    """The weights stay as they are, and nobody would know. The log has the steps before."""
+    trained = trainer(script, log)
+    trained.steps = steps
+    with pytest.raises(UserError, match=rf"sft: {most} optimizer steps in a row were dropped: .*sft\.optimizer\.lr"):
+        dropped(script, trained, *[1] * 20)
+    assert len(Path(log.path).read_text().splitlines()) == most - 1
 
 
 def test_listeners_hear_how_fast_a_step_was(script: Script, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
