@@ -102,7 +102,7 @@ def _count_anew() -> None:
 
 
 def _deepspeed_config(
-    cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, layers: list[str], world_size: int
+    cfg: LearnerConfig, optimizer: OptimizerConfig, dtype: str, module: nn.Module, world_size: int
 ) -> dict:
     cuda, alone = torch.cuda.is_available(), world_size == 1
     zero: dict[str, Any] = {
@@ -110,8 +110,10 @@ def _deepspeed_config(
         # A single rank has all: on a GPU nothing to gather, nor to wait for on other streams. On CPU no step is faster.
         "stage3_param_persistence_threshold": sys.maxsize if cuda and alone else cfg.param_persistence_threshold,
         "overlap_comm": cuda and not alone,
+        # Memory on the device, whatever the model: DeepSpeed's own size for a large one, or all of a small one.
+        "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in module.parameters())),
     }
-    if layers:
+    if layers := layer_classes(module):
         # A layer is gathered and let go as a whole. DeepSpeed's way is each module by itself, at the cost of its
         # Python code before and after each.
         zero["leaf_module"] = {"classes": layers}
@@ -182,7 +184,7 @@ class Learner:
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=adamw,
-                config=_deepspeed_config(cfg, optimizer, dtype, layer_classes(module), self.world_size),
+                config=_deepspeed_config(cfg, optimizer, dtype, module, self.world_size),
                 dist_init_required=False,
             )
         finally:
