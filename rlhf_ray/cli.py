@@ -17,6 +17,7 @@ from typing import NoReturn
 from rlhf_ray.config.checks import check_model, stages_of, validate
 from rlhf_ray.config.load import compose, conf_dir, to_yaml
 from rlhf_ray.errors import RunFailed, UserError
+from rlhf_ray.train.interruption import terminate, terminated
 
 STAGES = {
     "pretrain": "train a base model on plain text",
@@ -68,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rlhf-ray: interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:
-        # Our handler exits with 143; the one that ray.init puts in its place, with the bare signal number.
-        if stop.code not in (signal.SIGTERM, 128 + signal.SIGTERM):
+    except SystemExit:
+        if not terminated():
             raise
         print("rlhf-ray: terminated", file=sys.stderr)
         return 128 + signal.SIGTERM
@@ -119,7 +119,7 @@ def _command(argv: list[str]) -> int:
     if stage == "submit":
         from rlhf_ray.stages.submit import submit
 
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
         return submit(overrides, args.config_dir, args.address, args.multirun, not args.no_wait)
     cfg = compose(overrides, args.config_dir)
     cfg.output_dir = watched or cfg.output_dir
@@ -134,7 +134,7 @@ def _command(argv: list[str]) -> int:
         from rlhf_ray.metrics.wandb_run import check_online
 
         check_online()
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     module = f"rlhf_ray.stages.{stage}"
     if not stages_of(cfg, stage):
         importlib.import_module(module).run(cfg)
@@ -156,10 +156,6 @@ def _command(argv: list[str]) -> int:
     finally:
         imports.join()
     return 0
-
-
-def _terminate(number: int, frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _help(stage: str | None) -> str:

@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlhf_ray import cli
 from rlhf_ray.errors import UserError
 from rlhf_ray.stages.doctor import torch_companions
+from rlhf_ray.train import interruption
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -115,7 +118,6 @@ class Wrapped(UserError):
     (UserError("a.jsonl:3: no prompt"), 2, "rlhf-ray: error: a.jsonl:3: no prompt\n"),
     (Wrapped("ray::Actor.run() ...\nTraceback"), 2, "rlhf-ray: error: prompt 3: empty\n"),
     (KeyboardInterrupt(), 130, "rlhf-ray: interrupted\n"),
-    (SystemExit(15), 143, "rlhf-ray: terminated\n"),
 ])
 def test_how_a_stage_ends(error: BaseException | None, status: int, says: str, monkeypatch: pytest.MonkeyPatch,
                           capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +125,20 @@ def test_how_a_stage_ends(error: BaseException | None, status: int, says: str, m
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     assert cli.main(["doctor"]) == status
     assert capsys.readouterr().err == says
+
+
+def test_sigterm_is_143_whatever_ray_made_of_it(monkeypatch: pytest.MonkeyPatch,
+                                                capsys: pytest.CaptureFixture[str]) -> None:
+    def run(cfg: object) -> None:
+        with suppress(SystemExit):
+            interruption.terminate(signal.SIGTERM)
+        raise SystemExit(1)  # as it comes out of ray.wait
+
+    monkeypatch.setattr(interruption, "_came", [])
+    monkeypatch.setitem(sys.modules, "rlhf_ray.stages.doctor", SimpleNamespace(run=run))
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    assert cli.main(["doctor"]) == 143
+    assert capsys.readouterr().err == "rlhf-ray: terminated\n"
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), ValueError("a bug")])

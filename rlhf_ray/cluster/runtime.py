@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import random
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -50,7 +52,10 @@ def session(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     forks = address_of(cfg.cluster) == "local" and sys.platform == "linux"  # macOS's libraries do not outlive a fork
     with _zygote() if forks else nullcontext():
+        at_sigterm = signal.getsignal(signal.SIGTERM)
         _connect(cfg.cluster, cfg)
+        if callable(at_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_sigterm)  # ray.init has put one of its own in its place
         try:
             with told(local_root(cfg.output_dir)):
                 yield

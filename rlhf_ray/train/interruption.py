@@ -5,9 +5,22 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_came: list[int] = []  # SIGTERMs
+
+
+def terminate(number: int, frame: FrameType | None = None) -> NoReturn:
+    """The handler of SIGTERM: end with the status that a shell would give it."""
+    _came.append(number)
+    raise SystemExit(128 + number)
+
+
+def terminated() -> bool:
+    """Whether SIGTERM came to this process. A SystemExit does not say it: one that is raised while a call of Ray waits
+    comes out of it with status 1."""
+    return bool(_came)
 
 
 class Interruption:
@@ -54,4 +67,4 @@ class Interruption:
     def _raise(number: int) -> None:
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + number)
+        terminate(number)
