@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from threading import Thread
 from typing import NoReturn
 
+from rlhf_ray.cluster.interruption import terminate, terminated
 from rlhf_ray.config.checks import check_model, stages_of, validate
 from rlhf_ray.config.load import compose, conf_dir, to_yaml
 from rlhf_ray.errors import RunFailed, UserError
-from rlhf_ray.train.interruption import terminate, terminated
 
 STAGES = {
     "pretrain": "train a base model on plain text",

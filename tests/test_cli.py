@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_ray import cli
+from rlhf_ray.cluster import interruption
 from rlhf_ray.errors import UserError
 from rlhf_ray.stages.doctor import torch_companions
-from rlhf_ray.train import interruption
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from rlhf_ray.cluster.health import Member
+from rlhf_ray.cluster.interruption import held
 
 IO = "io"  # the concurrency group of what may run beside an actor's work
 TOGETHER_S = 0.005  # answers within so long of each other are taken together: every look is at all that are missing
@@ -62,11 +63,13 @@ class Group:
 
     def start(self, method: Callable[..., Any], *args: Any, **options: Any) -> list[ray.ObjectRef]:
         """Call `method` on every actor with the same arguments; options: of Ray's calls. References come back."""
-        return [self.submit(i, method, args, **options) for i in range(len(self))]
+        with held():  # one that was called would wait for the others for ever
+            return [self.submit(i, method, args, **options) for i in range(len(self))]
 
     def start_each(self, method: Callable[..., Any], per_actor: Sequence[Sequence[Any]]) -> list[ray.ObjectRef]:
         """Call `method` on every actor with arguments of its own."""
-        return [self.submit(i, method, args) for i, args in zip(range(len(self)), per_actor, strict=True)]
+        with held():
+            return [self.submit(i, method, args) for i, args in zip(range(len(self)), per_actor, strict=True)]
 
     def call(self, method: Callable[..., Any], *args: Any) -> list[Any]:
         """`start`, then wait for all results."""

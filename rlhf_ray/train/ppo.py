@@ -15,6 +15,7 @@ from rlhf_ray.actors.generator import sample_seed
 from rlhf_ray.actors.learners import CriticLearner
 from rlhf_ray.actors.policy import PolicyLearner, Prepared
 from rlhf_ray.cluster.group import ActorInfo, Group, wait
+from rlhf_ray.cluster.interruption import Interruption
 from rlhf_ray.cluster.timeline import span
 from rlhf_ray.config.schema import Config
 from rlhf_ray.core.kl import adapted_kl_coef
@@ -28,7 +29,6 @@ from rlhf_ray.metrics.recorder import Recorder
 from rlhf_ray.train.ahead import Ahead
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
 from rlhf_ray.train.fleet import Fleet
-from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.measures import measures
 from rlhf_ray.train.mismatch import check_first_sync
 from rlhf_ray.train.recovery import Recovery, Saver

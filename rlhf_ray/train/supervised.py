@@ -17,6 +17,7 @@ import ray
 from rlhf_ray.actors.supervised import SupervisedLearner
 from rlhf_ray.cluster.cast import Cast
 from rlhf_ray.cluster.group import ActorInfo, Group
+from rlhf_ray.cluster.interruption import Interruption
 from rlhf_ray.config.schema import Config, DPOConfig, OptimizerConfig
 from rlhf_ray.core.minibatches import balance
 from rlhf_ray.core.types import RankedDataset, TokenDataset
@@ -25,7 +26,6 @@ from rlhf_ray.errors import UserError
 from rlhf_ray.metrics.progress import console, progress_bar
 from rlhf_ray.metrics.recorder import METRICS, Listeners, json_lines
 from rlhf_ray.train.checkpoint import Checkpoint, Checkpoints
-from rlhf_ray.train.interruption import Interruption
 from rlhf_ray.train.recovery import Recovery, Saver
 from rlhf_ray.train.roles import layout_of, learner_ranks
 

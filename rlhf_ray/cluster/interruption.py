@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _came: list[int] = []  # SIGTERMs
+_held: list[int] = []  # signals that came inside of `held`
+_depth = 0
 
 
-def terminate(number: int, frame: FrameType | None = None) -> NoReturn:
+def terminate(number: int, frame: FrameType | None = None) -> None:
     """The handler of SIGTERM: end with the status that a shell would give it."""
-    _came.append(number)
-    raise SystemExit(128 + number)
+    if _depth:
+        _held.append(number)
+    else:
+        _raise(number)
 
 
 def terminated() -> bool:
     """Whether SIGTERM came to this process. A SystemExit does not say it: one that is raised while a call of Ray waits
     comes out of it with status 1."""
     return bool(_came)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """What must be done whole, if it takes no time: a signal that comes meanwhile raises when it is done."""
+    global _depth
+    if threading.current_thread() is not threading.main_thread():  # signals raise in that one
+        yield
+        return
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _held and not _depth:
+            number = _held[-1]
+            _held.clear()
+            signal.raise_signal(number)
 
 
 class Interruption:
@@ -55,16 +79,20 @@ class Interruption:
         self._deferring = False
         if self._pending is not None:
             number, self._pending = self._pending, None
-            self._raise(number)
+            _raise(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if _depth:
+            _held.append(number)
+            return
         wait = self._deferring and self._pending is None
         self._pending = number
         if not wait:
-            self._raise(number)
+            _raise(number)
 
-    @staticmethod
-    def _raise(number: int) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        terminate(number)
+
+def _raise(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    _came.append(number)
+    raise SystemExit(128 + number)

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from rlhf_ray.train.interruption import SIGNALS, Interruption
+from rlhf_ray.cluster.interruption import SIGNALS, Interruption, held
 
 
 @pytest.fixture
@@ -59,6 +59,44 @@ def test_what_python_swallowed_is_raised_again(interruption: Interruption) -> No
     interruption.defer()
     with pytest.raises(SystemExit):
         interruption.allow()
+
+
+@pytest.mark.parametrize("deferring", [False, True])
+def test_what_is_held_is_done_whole(interruption: Interruption, deferring: bool) -> None:
+    """One inside of the other, and two signals: the last one counts. Where an iteration is under way, it waits on."""
+    done = []
+    if deferring:
+        interruption.defer()
+    with suppress(KeyboardInterrupt), held():
+        with held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("inner")
+        signal.raise_signal(signal.SIGINT)
+        done.append("outer")
+    assert done == ["inner", "outer"]
+    if deferring:
+        with pytest.raises(KeyboardInterrupt):
+            interruption.allow()
+    with pytest.raises(SystemExit):  # nothing is left of it
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_what_another_thread_holds_holds_no_signal(interruption: Interruption) -> None:
+    """They raise in the main thread."""
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with held():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGTERM)
+    done.set()
+    thread.join()
 
 
 def test_handlers_are_as_they_were_whatever_ended_it() -> None:
