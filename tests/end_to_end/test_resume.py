@@ -191,7 +191,7 @@ def test_compare_samples_nothing_twice(models, files, tmp_path):  # noqa: F811
     for directory in (plain, out):
         earlier_stages(directory, models[0], models[0])
     interrupted("compare", plain, plain / "none", [], *options)
-    interrupted("compare", out, out / "compare/answers.jsonl", [Kill(3)], *options)
+    interrupted("compare", out, out / "compare/answers.jsonl", [Kill(3), Kill(4, signal=signal.SIGTERM)], *options)
     assert (out / "compare/to_rank.jsonl").read_bytes() == (plain / "compare/to_rank.jsonl").read_bytes()
     assert not list((out / "compare").glob("answers*"))
 
