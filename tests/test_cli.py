@@ -143,6 +143,7 @@ def test_sigterm_is_143_whatever_ray_made_of_it(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("error", [SystemExit(1), ValueError("a bug")])
 def test_other_errors_pass_through(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "_came", [])
     monkeypatch.setitem(sys.modules, "rlhf_ray.stages.doctor", Stage(error))
     monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
     with pytest.raises(type(error)):
