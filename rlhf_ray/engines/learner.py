@@ -483,7 +483,7 @@ def where_broken(names: Sequence[str], total: int) -> str:
     """Of `total` parameters those whose gradients are not finite, in the model's order, for a person: how many, and the
     last layer with any, to which the backward pass came first."""
     if not names:
-        return "no parameter by itself, but the norm of all"
+        return "no parameter by itself: their norm is not finite"
     layer = re.match(r".*?\.\d+\.", names[-1])
     if layer is None:
         return f"{len(names)} of {total} parameters, and backwards first {names[-1]}"

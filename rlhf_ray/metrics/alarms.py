@@ -134,12 +134,14 @@ def nonfinite(values: Mapping[str, Any], threshold: float) -> Finding | None:
     """Recorded numbers, in nested dicts too, that are NaN, infinite or None (as JSON writes those): any at all; or
     else the larger of `policy_skipped_steps` and `critic_skipped_steps`: above `threshold` steps per iteration.
 
-    Not counted: `explained_variance`, undefined where all returns are equal, and the gradient norm of a role that
-    counts its skipped steps, because it is not finite exactly where one was skipped.
+    Not counted: `explained_variance`, undefined where all returns are equal, and the gradient norms of a role that
+    counts its skipped steps, because they are not finite exactly where one was skipped.
     """
     skipped = {role: steps for role in ("policy", "critic")
                if (steps := _number(values, f"{role}_skipped_steps")) is not None}
     exempt = {"explained_variance", *(f"{role}_grad_norm" for role in skipped)}
+    if skipped.get("policy"):
+        exempt |= {"rl_grad_norm", "ptx_grad_norm"}
     broken = [path for key, value in values.items() if key not in exempt for path in _not_finite(value, str(key))]
     if broken:
         names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")

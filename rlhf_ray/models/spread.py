@@ -15,7 +15,8 @@ from rlhf_ray.errors import UserError
 
 def spread(model: nn.Module, devices: Sequence[torch.device]) -> None:
     """Lay the layers of a Hugging Face model on the devices, in order, about as many bytes on each; all else, and what
-    comes out, is on the first. Raises UserError if there are fewer layers than devices.
+    comes out, is on the first. Raises UserError if there are fewer layers than devices, or if layers share keys and
+    values.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -23,6 +24,9 @@ def spread(model: nn.Module, devices: Sequence[torch.device]) -> None:
     if len(layers) < len(devices):
         raise UserError(f"a {type(model).__name__} of {len(layers)} layers cannot be spread over {len(devices)} GPUs: "
                         f"set roles.reward.gpus and roles.reference.gpus to {len(layers) or 1} at most")
+    if any(getattr(getattr(part, "config", None), "num_kv_shared_layers", 0) for part in model.modules()):
+        raise UserError(f"the layers of this {type(model).__name__} share keys and values, and cannot be spread over "
+                        "GPUs: set roles.reward.gpus and roles.reference.gpus to 1 at most")
     _keep(model, devices[0], without=set(layers))
     total = _bytes(model)
     before = total - sum(map(_bytes, layers))

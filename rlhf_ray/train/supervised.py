@@ -108,7 +108,7 @@ class SupervisedTrainer:
                                  roll_back=self.roll_back)
         self.begun, self.step, self.started = False, 0, time.monotonic()
         self.dropped = 0  # optimizer steps in a row, up to the last one
-        self.last, self.val = dict[str, float](), dict[str, float]()  # of the last optimizer step, of the validation
+        self.last, self.val = dict[str, Any](), dict[str, float]()  # of the last optimizer step, of the validation
         self.actors: list[ActorInfo] = []  # as they came up
         self._saved_at = self.started
 
@@ -171,15 +171,15 @@ class SupervisedTrainer:
             if "margin_sum" in result:
                 result["margin"] = result["margin_sum"] / result["pairs"]
         self.step, self.last = self.step + 1, result
-        self.look_at_drop(result)
         now = time.monotonic()
         self.log.add(json_lines({"step": self.step, **result, "seconds": now - self.started}))
         speed = float(self.task.weights[units].sum()) / (now - begun)
         self.listeners.log(self.step, {**result, "tokens_per_second": speed})
+        self.look_at_drop(result)
 
     def look_at_drop(self, result: Mapping[str, Any]) -> None:
-        """Say it of a step that was dropped, the first of a row; raises UserError if all of a row were, for the weights
-        stay as they are."""
+        """Say it when a step was dropped and the one before was not. Raises UserError when MOST_DROPPED in a row were,
+        or all of the stage: the weights stay as they are."""
         self.dropped = self.dropped + 1 if result["skipped"] else 0
         if not self.dropped:
             return
@@ -204,7 +204,7 @@ class SupervisedTrainer:
     def roll_back(self, checkpoint: Checkpoint | None) -> None:
         """The learners hold a checkpoint's state, or that of the start: so does the driver."""
         state = checkpoint.state_like(START) if checkpoint else START
-        self.step, self.last = state["step"], state["last"]
+        self.step, self.last, self.dropped = state["step"], state["last"], 0
         self.log.rewind(state["metrics"])
         if checkpoint:
             console.print(f"going on after step {self.step} of {self.steps}")

@@ -8,7 +8,7 @@ LAYER = ["model.layers.11.self_attn.q_proj.weight", "model.layers.11.input_layer
 
 
 @pytest.mark.parametrize(("names", "said"), [
-    ([], "no parameter by itself, but the norm of all"),
+    ([], "no parameter by itself: their norm is not finite"),
     (["model.embed_tokens.weight"], "1 of 20 parameters, and backwards first model.embed_tokens.weight"),
     (["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", *LAYER],
      "4 of 20 parameters, and backwards first model.layers.11 (self_attn.q_proj.weight, input_layernorm.weight)"),

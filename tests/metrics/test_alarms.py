@@ -165,6 +165,15 @@ def test_skipped_steps_are_tolerated_up_to_the_threshold_with_the_norm_that_belo
     assert rings(cfg, uncounted) == [("nonfinite", 1)]
 
 
+def test_a_skipped_step_of_two_losses_is_one_finding():
+    """The norms of both parts are not finite then, and are not told instead of the fault."""
+    norms = {"policy_grad_norm": math.inf, "rl_grad_norm": math.nan, "ptx_grad_norm": math.nan}
+    (alarm,) = replay(AlarmsConfig(), lines(1, policy_skipped_steps=1.0, policy_fault="1 of 20", **norms))
+    assert alarm.value == 1 and "1 of 20" in alarm.message
+    (alarm,) = replay(AlarmsConfig(), lines(1, policy_skipped_steps=0.0, **norms))
+    assert "ptx_grad_norm, rl_grad_norm" in alarm.message or "rl_grad_norm, ptx_grad_norm" in alarm.message
+
+
 def test_skipped_steps_say_which_gradients_were_not_finite():
     skipped = lines(1, critic_skipped_steps=1.0, critic_fault="3 of 20 parameters, and backwards first layers.1 (norm)")
     (alarm,) = replay(AlarmsConfig(), skipped)

@@ -85,6 +85,13 @@ def test_the_numbers_are_those_of_one_device(kind):
         assert one == pytest.approx(other, abs=0 if kind == "cpu" else 1e-3)
 
 
+def test_layers_that_share_keys_and_values():
+    config = LlamaConfig(**SMALL)
+    config.num_kv_shared_layers = 2  # as Gemma 3n's
+    with pytest.raises(UserError, match="share keys and values"):
+        spread(CausalLM(LlamaForCausalLM(config)), [torch.device("cpu")] * 2)
+
+
 def test_fewer_layers_than_devices():
     model = CausalLM(LlamaForCausalLM(LlamaConfig(**SMALL)))
     with pytest.raises(UserError, match=r"4 layers cannot be spread over 5 GPUs: set .* roles\.reference\.gpus to 4"):

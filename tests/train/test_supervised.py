@@ -222,12 +222,20 @@ def test_of_dropped_steps_the_first_of_a_row_is_told(
 
 @pytest.mark.parametrize(("steps", "most"), [(1000, 10), (3, 3)])
 def test_a_row_of_dropped_steps_or_all_of_them_end_the_stage(script: Script, log: Log, steps: int, most: int) -> None:
-    """The weights stay as they are, and nobody would know. The log has the steps before."""
+    """The weights stay as they are, and nobody would know. The log has them all."""
     trained = trainer(script, log)
     trained.steps = steps
     with pytest.raises(UserError, match=rf"sft: {most} optimizer steps in a row were dropped: .*sft\.optimizer\.lr"):
         dropped(script, trained, *[1] * 20)
-    assert len(Path(log.path).read_text().splitlines()) == most - 1
+    assert len(Path(log.path).read_text().splitlines()) == most
+
+
+def test_who_goes_back_counts_dropped_steps_anew(script: Script, log: Log) -> None:
+    trained = trainer(script, log)
+    trained.steps = 1000
+    dropped(script, trained, *[1] * 9)
+    trained.roll_back(None)
+    dropped(script, trained, *[1] * 9)
 
 
 def test_listeners_hear_how_fast_a_step_was(script: Script, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
