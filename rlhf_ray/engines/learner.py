@@ -12,7 +12,6 @@ over ranks; the loss is multiplied by the world size to undo that.
 import gc
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from rlhf_ray.core.ragged import PackedRows, one_token_rows
 from rlhf_ray.core.schedule import lr_scale
 from rlhf_ray.engines.gloo import bind_towards, share_devices
 from rlhf_ray.engines.shared_memory import SharedMemory
-from rlhf_ray.models.modules import CausalLM, layer_classes
+from rlhf_ray.models.modules import CausalLM, layer_classes, where_broken
 from rlhf_ray.models.processors import use_processors
 from rlhf_ray.models.shards import WEIGHT, Shards
 
@@ -477,19 +476,6 @@ class Learner:
         del self.engine, self.module
         self.memory = None
         gc.collect()
-
-
-def where_broken(names: Sequence[str], total: int) -> str:
-    """Of `total` parameters those whose gradients are not finite, in the model's order, for a person: how many, and the
-    last layer with any, to which the backward pass came first."""
-    if not names:
-        return "no parameter by itself: their norm is not finite"
-    layer = re.match(r".*?\.\d+\.", names[-1])
-    if layer is None:
-        return f"{len(names)} of {total} parameters, and backwards first {names[-1]}"
-    group = [name.removeprefix(layer[0]) for name in names if name.startswith(layer[0])]
-    more = f" and {len(group) - 3} more" if len(group) > 3 else ""
-    return f"{len(names)} of {total} parameters, and backwards first {layer[0][:-1]} ({', '.join(group[:3])}{more})"
 
 
 def _hub_name(name: str) -> str:

@@ -4,6 +4,8 @@ Both read packed rows (see `core.ragged`). DeepSpeed wraps these modules whole, 
 forward pass touches belongs to a child module that is *called*: that is what ZeRO-3's hooks rely on.
 """
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,6 +82,19 @@ def layer_classes(module: nn.Module) -> list[str]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return sorted({type(part).__name__ for part in module.modules() if isinstance(part, GradientCheckpointingLayer)})
+
+
+def where_broken(names: Sequence[str], total: int) -> str:
+    """Of `total` parameters those whose gradients are not finite, in the model's order, for a person: how many, and the
+    last layer with any, to which the backward pass came first."""
+    if not names:
+        return "no parameter by itself: their norm is not finite"
+    layer = re.match(r".*?\.\d+\.", names[-1])
+    if layer is None:
+        return f"{len(names)} of {total} parameters, and backwards first {names[-1]}"
+    group = [name.removeprefix(layer[0]) for name in names if name.startswith(layer[0])]
+    more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+    return f"{len(names)} of {total} parameters, and backwards first {layer[0][:-1]} ({', '.join(group[:3])}{more})"
 
 
 def _hidden_states(model: Any, rows: PackedRows) -> Tensor:

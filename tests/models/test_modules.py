@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_ray.core.ragged import PackedRows, offsets, pack
-from rlhf_ray.models.modules import CausalLM, ScalarHead, ScalarModel
+from rlhf_ray.models.modules import CausalLM, ScalarHead, ScalarModel, where_broken
 
 LENGTHS = np.array([9, 3, 6, 2, 5], dtype=np.int32)
 IDS = np.random.default_rng(0).integers(0, 64, size=int(LENGTHS.sum())).astype(np.int32)
@@ -276,3 +276,18 @@ def test_responses_that_share_their_prompt_are_what_they_are_alone() -> None:
         found.append([logprobs, entropies, scores, values, *gradients])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=2e-4)  # gradients are up to a hundred
+
+
+LAST_LAYER = ["model.layers.11.self_attn.q_proj.weight", "model.layers.11.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize(("names", "said"), [
+    ([], "no parameter by itself: their norm is not finite"),
+    (["model.embed_tokens.weight"], "1 of 20 parameters, and backwards first model.embed_tokens.weight"),
+    (["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", *LAST_LAYER],
+     "4 of 20 parameters, and backwards first model.layers.11 (self_attn.q_proj.weight, input_layernorm.weight)"),
+    ([f"h.0.{name}" for name in "abcde"], "5 of 20 parameters, and backwards first h.0 (a, b, c and 2 more)"),
+    ([*LAST_LAYER, "model.norm.weight"], "3 of 20 parameters, and backwards first model.norm.weight"),
+])
+def test_the_last_layer_with_broken_gradients_is_named(names, said):
+    assert where_broken(names, 20) == said
